@@ -1,0 +1,234 @@
+"""The exception tree: everything this project raises on purpose.
+
+SealedError
+├── ConfigError             the settings cannot work; names every fault at once
+├── ModelError              the model's files cannot be made ready
+│   ├── ModelNotFound         no such repository, revision or folder (or it is private)
+│   ├── ModelGated            access must be granted, or the token is wrong
+│   ├── ModelOffline          not in the cache and the Hub cannot be reached
+│   ├── ModelIncomplete       files are missing, truncated or of the wrong size
+│   └── DiskFull              the volume has no room; says how many GB are needed
+├── RequestError            an authenticated request that cannot be served; becomes an OpenAI error object
+│   └── EngineDead            the engine process died; this worker will exit
+├── Rejected                a request that could not be opened; constant, tells nothing
+├── AnswerError             an answer that must not be believed (client side)
+│   ├── TamperedChunk         a chunk fails authentication or is malformed
+│   ├── MissingChunk          a chunk was lost on the way and could not be repaired
+│   ├── RestartedAnswer       the platform ran the job again after delivery had begun
+│   └── TruncatedAnswer       the job ended without its authenticated end
+└── JobError                the platform could not run the job (client side)
+    ├── Unreachable           no connection to the platform
+    ├── WrongApiKey           the platform refused the API key
+    ├── EndpointNotFound      no endpoint or job of that id
+    ├── TooLarge              the sealed request exceeds what the platform carries
+    ├── RateLimited           the platform asks to slow down
+    ├── NoWorker              no worker took the job within the wait
+    ├── JobFailed             the job failed on the platform
+    ├── JobTimedOut           the job ran or waited past its limit
+    └── JobCancelled          the job was cancelled
+
+Messages are shown to people: they say what is wrong and what to do, and never
+quote a secret, a prompt or an answer. `exit_code` is what the commands end with.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class SealedError(Exception):
+    """Base of every error raised on purpose; `str()` of it is fit to be shown."""
+
+    exit_code = 1
+
+
+class ConfigError(SealedError):
+    """Settings that cannot work; `faults` holds one sentence each."""
+
+    exit_code = 2
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(f"- {fault}" for fault in self.faults))
+
+
+class ModelError(SealedError):
+    """The model's files cannot be made ready."""
+
+
+class ModelNotFound(ModelError):
+    """No such repository, revision or folder, or it is private to another account."""
+
+
+class ModelGated(ModelError):
+    """The repository asks for access that the token does not have."""
+
+
+class ModelOffline(ModelError):
+    """The model is not cached and the Hub cannot be reached or is switched off."""
+
+
+class ModelIncomplete(ModelError):
+    """Files of the model are missing, truncated or of the wrong size."""
+
+
+class DiskFull(ModelError):
+    """The volume has no room for the model."""
+
+
+class RequestError(SealedError):
+    """A request that was opened but cannot be served.
+
+    `status` is the HTTP status an OpenAI server would answer with; the other
+    fields are those of OpenAI's error object.
+    """
+
+    exit_code = 4
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        type: str = "BadRequestError",
+        param: str | None = None,
+        code: str | int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.type = type
+        self.param = param
+        self.code = status if code is None else code
+
+    def body(self) -> dict[str, Any]:
+        """Return OpenAI's error object, `{"error": {message, type, param, code}}`."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    @classmethod
+    def from_body(cls, body: Any, status: int) -> "RequestError":
+        """Rebuild the error from an OpenAI (or FastAPI `detail`) error object."""
+        error = body.get("error") if isinstance(body, dict) else None
+        if not isinstance(error, dict):
+            detail = body.get("detail") if isinstance(body, dict) else None
+            return cls(str(detail or f"the worker answered with status {status}"), status=status)
+        return cls(
+            str(error.get("message", "")),
+            status=status,
+            type=str(error.get("type", "")),
+            param=error.get("param"),
+            code=error.get("code"),
+        )
+
+
+class EngineDead(RequestError):
+    """The engine process died while it held this request."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the engine of this worker died; the worker restarts, send the request again",
+            status=503,
+            type="EngineDeadError",
+            code="engine_dead",
+        )
+
+
+class Rejected(SealedError):
+    """A request that could not be opened; carries nothing but its constant text.
+
+    The causes (wrong key, damaged, malformed) are not told apart: SPEC section 7.
+    """
+
+    exit_code = 5
+    TEXT = "request rejected: it could not be opened with a key of this worker"
+
+    def __init__(self) -> None:
+        super().__init__(self.TEXT)
+
+
+class AnswerError(SealedError):
+    """An answer that must not be believed."""
+
+    exit_code = 6
+
+
+class TamperedChunk(AnswerError):
+    """A chunk that fails authentication or does not have the form of SPEC section 5."""
+
+
+class MissingChunk(AnswerError):
+    """A chunk that never arrived."""
+
+
+class RestartedAnswer(AnswerError):
+    """A second attempt's chunks after the first attempt's were delivered."""
+
+
+class TruncatedAnswer(AnswerError):
+    """A job that ended without the final chunk."""
+
+
+class JobError(SealedError):
+    """The platform could not run the job."""
+
+    exit_code = 10
+
+
+class Unreachable(JobError):
+    """No connection to the platform."""
+
+    exit_code = 11
+
+
+class WrongApiKey(JobError):
+    """The platform refused the API key (401 or 403)."""
+
+    exit_code = 12
+
+
+class EndpointNotFound(JobError):
+    """No endpoint or job of that id (404)."""
+
+    exit_code = 13
+
+
+class TooLarge(JobError):
+    """The sealed request is larger than the platform carries."""
+
+    exit_code = 14
+
+
+class RateLimited(JobError):
+    """The platform answered 429 for longer than the client was willing to wait."""
+
+    exit_code = 15
+
+
+class NoWorker(JobError):
+    """No worker took the job within the wait."""
+
+    exit_code = 16
+
+
+class JobFailed(JobError):
+    """The platform reports the job as FAILED."""
+
+    exit_code = 17
+
+
+class JobTimedOut(JobError):
+    """The platform reports the job as TIMED_OUT, or the wait for it ended."""
+
+    exit_code = 18
+
+
+class JobCancelled(JobError):
+    """The job was cancelled; 130 is what a shell reports after Ctrl-C."""
+
+    exit_code = 130
