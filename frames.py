@@ -1,0 +1,244 @@
+"""The answer's frames: how events become payload bytes and how they come back (SPEC section 6).
+
+Owns the framing and the templates that let constant JSON travel once. Knows
+nothing of encryption, of chunks or of where events come from.
+"""
+
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from protocol import strict_json
+
+Kind = Literal["generate", "body", "sse"]
+
+HEAD, TEXT, EVENT, BODY, TEMPLATE, FILL, SSE, END = range(1, 9)
+
+MAX_TEMPLATES = 64
+"""Templates per answer; past it events travel in full."""
+
+_FRAME = struct.Struct(">BI")
+_INDEX = struct.Struct(">H")
+
+_STRING = rb'(?:[^"\\]|\\.)*'
+
+# The parts of a streamed event that change from one to the next: pieces of the
+# model's text in any of the routes' spellings, and the responses route's counter.
+_HOLE = re.compile(
+    rb'"(?:content|text|delta|reasoning|reasoning_content|thinking|arguments|partial_json)":"'
+    rb"(" + _STRING + rb')"|"sequence_number":(\d+)'
+)
+_INSIDE_STRING = re.compile(_STRING)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How an answer begins; `status` is the HTTP status of the route."""
+
+    status: int
+    kind: Kind
+    content_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """The next piece of a choice's text."""
+
+    index: int
+    delta: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Everything else of a `generate` answer (SPEC section 8.1)."""
+
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """The next piece of an HTTP body."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Sse:
+    """One server-sent event: its lines without the blank one that ends it."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The authenticated end; `error` has OpenAI's members and `status`."""
+
+    usage: dict[str, Any] | None
+    timings: dict[str, Any]
+    error: dict[str, Any] | None = None
+
+
+AnswerEvent = Head | Text | Event | Body | Sse | End
+
+
+def _frame(kind: int, data: bytes) -> bytes:
+    return _FRAME.pack(kind, len(data)) + data
+
+
+class FrameEncoder:
+    """Turns the events of one attempt into payload bytes; keeps the templates it has defined."""
+
+    def __init__(self) -> None:
+        self._templates: dict[tuple[bytes, ...], bytes] = {}
+        self._last = (b"\0", b"\0", b"")
+
+    def encode(self, events: Iterable[AnswerEvent]) -> bytes:
+        """Return the frames of `events`; neighbouring texts of one choice become one frame."""
+        return b"".join(map(self._encode, merge(events)))
+
+    def _encode(self, event: AnswerEvent) -> bytes:
+        match event:
+            case Text(index, delta):
+                return _frame(TEXT, _INDEX.pack(index) + delta.encode())
+            case Sse(data):
+                return self._encode_sse(data)
+            case Body(data):
+                return _frame(BODY, data)
+            case Event(data):
+                return _frame(EVENT, msgspec.json.encode(data))
+            case Head(status, kind, content_type):
+                head = {"status": status, "kind": kind, "content_type": content_type}
+                return _frame(HEAD, msgspec.json.encode(head))
+            case End(usage, timings, error):
+                end = {"usage": usage, "timings": timings, "error": error}
+                return _frame(END, msgspec.json.encode(end))
+
+    def _encode_sse(self, data: bytes) -> bytes:
+        # Most events repeat the one before but for one text: compare both ends, skip the search.
+        prefix, suffix, number = self._last
+        end = len(data) - len(suffix)
+        if end >= len(prefix) and data.startswith(prefix) and data.endswith(suffix):
+            hole = data[len(prefix) : end]
+            if b'"' not in hole or _INSIDE_STRING.fullmatch(hole):
+                return _frame(FILL, number + hole)
+        pieces, holes = _split(data)
+        if not holes or b"\0" in data:
+            return _frame(SSE, data)
+        definition = b""
+        known = self._templates.get(pieces)
+        if known is None:
+            if len(self._templates) == MAX_TEMPLATES:
+                return _frame(SSE, data)
+            known = self._templates[pieces] = _INDEX.pack(len(self._templates))
+            definition = _frame(TEMPLATE, b"\0".join(pieces))
+        if len(holes) == 1:
+            self._last = (pieces[0], pieces[1], known)
+        return definition + _frame(FILL, known + b"\0".join(holes))
+
+
+def _split(data: bytes) -> tuple[tuple[bytes, ...], list[bytes]]:
+    pieces, holes, start = [], [], 0
+    for match in _HOLE.finditer(data):
+        hole_start, hole_end = match.span(match.lastindex or 0)
+        pieces.append(data[start:hole_start])
+        holes.append(data[hole_start:hole_end])
+        start = hole_end
+    return (*pieces, data[start:]), holes
+
+
+class FrameDecoder:
+    """Turns the payloads of one attempt back into events; ValueError for anything malformed."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._templates: list[list[bytes]] = []
+        self.ended = False
+
+    def feed(self, payload: bytes) -> list[AnswerEvent]:
+        """Return the events that `payload` completes."""
+        self._buffer += payload
+        return list(self._drain())
+
+    @property
+    def pending(self) -> bool:
+        """Whether part of a frame is still missing."""
+        return bool(self._buffer)
+
+    def _drain(self) -> Iterator[AnswerEvent]:
+        start = 0
+        while len(self._buffer) - start >= _FRAME.size:
+            kind, length = _FRAME.unpack_from(self._buffer, start)
+            end = start + _FRAME.size + length
+            if end > len(self._buffer):
+                break
+            if self.ended:
+                raise ValueError("a frame after END")
+            event = self._decode(kind, bytes(self._buffer[start + _FRAME.size : end]))
+            start = end
+            if event is not None:
+                yield event
+        del self._buffer[:start]
+
+    def _decode(self, kind: int, data: bytes) -> AnswerEvent | None:
+        match kind:
+            case 1:
+                return msgspec.convert(strict_json(data), Head)
+            case 2:
+                return Text(_index(data), data[_INDEX.size :].decode())
+            case 3:
+                return Event(msgspec.convert(strict_json(data), dict[str, Any]))
+            case 4:
+                return Body(data)
+            case 5:
+                self._templates.append(data.split(b"\0"))
+                return None
+            case 6:
+                return Sse(self._fill(_index(data), data[_INDEX.size :].split(b"\0")))
+            case 7:
+                return Sse(data)
+            case 8:
+                self.ended = True
+                return msgspec.convert(strict_json(data), End)
+            case _:
+                raise ValueError(f"unknown frame type {kind}")
+
+    def _fill(self, number: int, holes: list[bytes]) -> bytes:
+        if number >= len(self._templates):
+            raise ValueError("a FILL of a template that was not defined")
+        pieces = self._templates[number]
+        if len(holes) != len(pieces) - 1:
+            raise ValueError("a FILL that does not fit its template")
+        return b"".join(part for pair in zip(pieces, [*holes, b""], strict=True) for part in pair)
+
+
+def _index(data: bytes) -> int:
+    if len(data) < _INDEX.size:
+        raise ValueError("a frame without its index")
+    number: int = _INDEX.unpack_from(data)[0]
+    return number
+
+
+def merge(events: Iterable[AnswerEvent]) -> Iterator[AnswerEvent]:
+    """Join neighbouring texts of one choice, and neighbouring pieces of a body."""
+    held: Text | Body | None = None
+    for event in events:
+        match held, event:
+            case Text(index, before), Text(same, delta) if index == same:
+                held = Text(index, before + delta)
+                continue
+            case Body(before_bytes), Body(data):
+                held = Body(before_bytes + data)
+                continue
+        if held is not None:
+            yield held
+            held = None
+        if isinstance(event, Text | Body):
+            held = event
+        else:
+            yield event
+    if held is not None:
+        yield held
