@@ -1,10 +1,8 @@
 """RunPod on one machine: the platform that a worker and a client see, for demo, development, tests.
 
-Owns the HTTP on both sides: the worker's side as the `runpod` SDK (1.12.0) speaks
-it, the client's side as RunPod's REST API documents it. The jobs live in
-`local_runpod_queue`, the faults in `local_runpod_faults`, the worker processes in
-`local_runpod_workers`. Refuses to know what jobs say: bodies are carried as they
-came, and only `exchanged`, when asked for, remembers them.
+Owns the platform's life: start, stop, the environment that connects a worker, and
+the command. The HTTP is in `local_runpod_http`, the jobs in `local_runpod_queue`,
+the faults in `local_runpod_faults`, the worker processes in `local_runpod_workers`.
 
     with LocalRunpod() as platform:
         subprocess.Popen(worker, env={**environment, **platform.worker_env("pod-1")})
@@ -15,148 +13,42 @@ From a shell: `python local_runpod.py -- python rp_handler.py`.
 
 import argparse
 import asyncio
-import json
 import logging
 import os
 import secrets
-import socket
-import struct
 import sys
 import threading
-import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self
 
 from aiohttp import web
 
-from local_runpod_faults import WORKER_OPERATIONS, Fault, Faults
-from local_runpod_queue import Job, Queue, Status, Worker
-from local_runpod_workers import run_workers
-
-log = logging.getLogger("local_runpod")
-_T = TypeVar("_T")
-
-MAX_RUN_BYTES = 10_000_000
-MAX_RUNSYNC_BYTES = 20_000_000
-MAX_CHUNK_BYTES = 1_000_000
-MAX_OUTPUT_BYTES = 20_000_000
-_MAX_READ_BYTES = 64_000_000
+from local_runpod_faults import Faults
+from local_runpod_http import Exchange, Http, Options, Record
+from local_runpod_queue import Job, Queue, Worker
+from local_runpod_workers import Workers
 
 
-class Exchange(NamedTuple):
-    """One body that crossed the platform; `direction` is `client → platform` or another such."""
-
-    direction: str
-    method: str
-    path: str
-    body: bytes
-
-
-@dataclass
-class Call:
-    """A request as the operations see it."""
-
-    request: web.Request
-    body: bytes
-    job_id: str | None
-    worker_id: str | None
-    faults: list[Fault]
-
-    def query_number(self, name: str, default: int, low: int, high: int) -> int:
-        """Return a whole number of the query, held within its limits."""
-        text = self.request.query.get(name, "")
-        if not text:
-            return default
-        try:
-            return min(max(int(text), low), high)
-        except ValueError:
-            raise Refused(400, f"{name} must be a whole number") from None
-
-
-@dataclass
-class Reply:
-    """What an operation answers; `undo` runs when the answer could not be written."""
-
-    body: bytes = b""
-    status: int = 200
-    undo: Callable[[], None] | None = None
-    written: Callable[[], None] | None = None
-
-
-class Refused(Exception):
-    """A request that gets an error status and a sentence."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-Operation = Callable[[Call], Awaitable["Reply | web.StreamResponse"]]
-
-
-class LocalRunpod:
+@dataclass(kw_only=True, eq=False)
+class LocalRunpod(Options):
     """The platform: a context manager, sync (with a thread of its own) or async.
 
-    - `hold_s`: how long a worker's poll is held; `stream_hold_s`: how long a client's `/stream`
-      is held while nothing arrives, 0 to answer at once;
-    - `gone_after_s`: a worker that dropped a held poll and sent nothing but pings since is gone;
-      `silent_after_s`: so is one that sent nothing at all;
-    - `retries`: how often a job outlives its worker; `kept_s`, `kept_sync_s`: how long the result
-      of `/run` and of `/runsync` is kept;
-    - `record_bytes`: how many bytes of bodies `exchanged` remembers, the newest; what no longer
-      fits is counted in `exchanged_lost`;
-    - `allow_faults`: serve `/control/faults`.
+    `port` is the real one once it runs; `faults` may be changed at any time.
     """
 
-    def __init__(
-        self,
-        *,
-        endpoint_id: str = "local",
-        api_key: str | None = None,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        hold_s: float = 20.0,
-        stream_hold_s: float = 10.0,
-        ping_interval_ms: int = 10_000,
-        gone_after_s: float = 10.0,
-        silent_after_s: float = 60.0,
-        retries: int = 3,
-        kept_s: float = 1800.0,
-        kept_sync_s: float = 60.0,
-        record_bytes: int = 0,
-        allow_faults: bool = False,
-    ) -> None:
-        if ping_interval_ms < 1000:
-            raise ValueError("ping_interval_ms below 1000 ends the SDK's pinging")
-        self.endpoint_id = endpoint_id
-        self.api_key = api_key or secrets.token_urlsafe(24)
-        self.host = host
-        self.port = port
-        self.hold_s = hold_s
-        self.stream_hold_s = stream_hold_s
-        self.ping_interval_ms = ping_interval_ms
-        self.gone_after_s = gone_after_s
-        self.silent_after_s = silent_after_s
-        self.kept_s = kept_s
-        self.kept_sync_s = kept_sync_s
-        self.allow_faults = allow_faults
+    def __post_init__(self) -> None:
+        if self.ping_interval_ms < 1000:
+            raise ValueError("a ping_interval_ms below 1000 ends the SDK's pinging")
         self.faults = Faults()
-        self.exchanged: deque[Exchange] = deque()
-        self.exchanged_lost = 0
-        self._record_bytes = record_bytes
-        self._recorded_bytes = 0
-        self._queue = Queue(retries=retries)
-        self._worker_key = secrets.token_urlsafe(24)
+        self._queue = Queue(retries=self.retries)
+        self._record = Record(self.record_bytes)
+        self._http = Http(self, self._queue, self.faults, self._record)
         self._runner: web.AppRunner | None = None
         self._watch: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._over: asyncio.Event | None = None
-
-    # -- the Python side -----------------------------------------------------------------------
 
     @property
     def base_url(self) -> str:
@@ -166,12 +58,22 @@ class LocalRunpod:
     @property
     def jobs(self) -> Mapping[str, Job]:
         """The jobs by id, as long as the platform keeps them."""
-        return self._queue.jobs
+        return dict(self._queue.jobs)
 
     @property
     def workers(self) -> Mapping[str, Worker]:
-        """The workers by id."""
-        return self._queue.workers
+        """The workers by id, without those whose process ended."""
+        return dict(self._queue.workers)
+
+    @property
+    def exchanged(self) -> list[Exchange]:
+        """The bodies exchanged so far, oldest first, as far as `record_bytes` holds."""
+        return list(self._record.entries)
+
+    @property
+    def exchanged_lost(self) -> int:
+        """How many older bodies `record_bytes` had no room for."""
+        return self._record.lost
 
     def worker_env(self, worker_id: str) -> dict[str, str]:
         """Return the variables that make the SDK of a process serve this platform as `worker_id`.
@@ -183,14 +85,14 @@ class LocalRunpod:
         # The SDK prefers the key in ~/.runpod/config.toml over RUNPOD_AI_API_KEY, so the header
         # cannot identify a worker on a developer's machine; the query can, and the SDK needs
         # a "?" anyway, since it appends "&...".
-        key = f"?key={self._worker_key}"
+        key = f"?key={self.worker_key}"
         return {
             "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID{key}",
             "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$RUNPOD_POD_ID/$ID{key}",
             "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID{key}",
             "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID{key}",
             "RUNPOD_PING_INTERVAL": str(self.ping_interval_ms),
-            "RUNPOD_AI_API_KEY": self._worker_key,
+            "RUNPOD_AI_API_KEY": self.worker_key,
             "RUNPOD_POD_ID": worker_id,
             "RUNPOD_POD_HOSTNAME": worker_id,
             "RUNPOD_ENDPOINT_ID": self.endpoint_id,
@@ -203,44 +105,25 @@ class LocalRunpod:
 
     def lose(self, worker_id: str) -> None:
         """Tell the platform that the worker's process is gone, so that its jobs move on at once."""
-        self._call(self._queue.lose, self._queue.worker(worker_id), "process ended")
+        self._call(self._queue.forget, self._queue.worker(worker_id))
 
     def _call(self, function: Callable[..., object], *args: Any) -> None:
-        if self._thread is None or self._loop is None:
+        if self._loop is None:
             function(*args)
         else:
             self._loop.call_soon_threadsafe(function, *args)
 
     def __enter__(self) -> Self:
-        started = threading.Event()
-        failure: list[BaseException] = []
-
-        async def main() -> None:
-            self._over = asyncio.Event()
-            try:
-                async with self:
-                    started.set()
-                    await self._over.wait()
-            except BaseException as error:
-                failure.append(error)
-                raise
-            finally:
-                started.set()
-
-        def run() -> None:
-            try:
-                asyncio.run(main())
-            except BaseException as error:
-                if error not in failure:
-                    failure.append(error)
-
-        self._thread = threading.Thread(target=run, name="local_runpod", daemon=True)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="local_runpod", daemon=True
+        )
         self._thread.start()
-        started.wait()
-        if failure:
-            self._thread.join()
-            self._thread = None
-            raise failure[0]
+        try:
+            asyncio.run_coroutine_threadsafe(self.__aenter__(), self._loop).result()
+        except BaseException:
+            self._end_thread()
+            raise
         return self
 
     def __exit__(
@@ -249,24 +132,30 @@ class LocalRunpod:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._loop and self._over:
-            self._loop.call_soon_threadsafe(self._over.set)
-        if self._thread:
-            self._thread.join(30)
-            self._thread = None
+        if self._loop:
+            leaving = self.__aexit__(kind, error, trace)
+            asyncio.run_coroutine_threadsafe(leaving, self._loop).result()
+        self._end_thread()
+
+    def _end_thread(self) -> None:
+        if self._loop and self._thread:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+        self._loop = self._thread = None
 
     async def __aenter__(self) -> Self:
-        self._loop = asyncio.get_running_loop()
-        app = web.Application(client_max_size=_MAX_READ_BYTES)
-        self._route(app)
         # A held poll whose client goes away has to end at once, not at its deadline.
         self._runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=2.0
+            self._http.application(),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=2.0,
         )
         await self._runner.setup()
         await web.TCPSite(self._runner, self.host, self.port, backlog=1024).start()
         self.port = self._runner.addresses[0][1]
-        self._watch = asyncio.create_task(self._watch_workers())
+        self._watch = asyncio.create_task(self._http.watch_workers())
         return self
 
     async def __aexit__(
@@ -280,423 +169,6 @@ class LocalRunpod:
             self._watch.cancel()
         if self._runner:
             await self._runner.cleanup()
-
-    # -- HTTP ----------------------------------------------------------------------------------
-
-    def _route(self, app: web.Application) -> None:
-        def add(method: str, path: str, operation: str, serve: Operation) -> None:
-            async def handle(request: web.Request) -> web.StreamResponse:
-                return await self._serve(request, operation, serve)
-
-            app.router.add_route(method, path, handle)
-
-        at = "/v2/{endpoint}"
-        add("GET", at + "/job-take/{worker}", "job-take", self._job_take)
-        add("GET", at + "/job-take-batch/{worker}", "job-take", self._job_take)
-        add("GET", at + "/job-stop/{worker}", "job-stop", self._job_stop)
-        add("POST", at + "/job-stream/{worker}/{job}", "job-stream", self._job_stream)
-        add("POST", at + "/job-done/{worker}/{job}", "job-done", self._job_done)
-        add("GET", at + "/ping/{worker}", "ping", self._ping)
-        add("POST", at + "/run", "run", self._run)
-        add("POST", at + "/runsync", "runsync", self._runsync)
-        for method in ("GET", "POST"):
-            add(method, at + "/status/{job}", "status", self._status)
-            add(method, at + "/stream/{job}", "stream", self._stream)
-        add("POST", at + "/cancel/{job}", "cancel", self._cancel)
-        add("POST", at + "/retry/{job}", "retry", self._retry)
-        add("POST", at + "/purge-queue", "purge-queue", self._purge_queue)
-        add("GET", at + "/health", "health", self._health)
-        add("*", at + "/openai/{route:.+}", "openai", self._openai)
-        if self.allow_faults:
-            add("*", "/control/faults", "control", self._control_faults)
-        add("*", "/{path:.*}", "unknown", self._unknown)
-
-    async def _serve(
-        self, request: web.Request, operation: str, serve: Operation
-    ) -> web.StreamResponse:
-        party = "worker" if operation in WORKER_OPERATIONS else "client"
-        path = request.path
-        if query := "&".join(f"{k}={v}" for k, v in request.query.items() if k != "key"):
-            path += f"?{query}"
-        after: list[Fault] = []
-        reply: Reply | web.StreamResponse
-        ids = request.match_info
-        call = Call(request, b"", ids.get("job"), ids.get("worker"), [])
-        try:
-            call.body = await request.read()
-            self._record(f"{party} → platform", request.method, path, call.body)
-            self._authorize(request, party)
-            call.faults = self.faults.strike(operation, call.job_id, call.worker_id)
-            after = [fault for fault in call.faults if fault.when == "after"]
-            if (early := await self._fail(call, "before")) is not None:
-                return early
-            for fault in call.faults:
-                if fault.tamper and call.body:
-                    call.body = fault.tamper(call.body)
-            reply = await serve(call)
-        except Refused as refused:
-            reply = _json({"error": str(refused)}, refused.status)
-        except web.HTTPRequestEntityTooLarge:
-            reply = _json({"error": f"body exceeds {_MAX_READ_BYTES} bytes"}, 413)
-        if after and (late := await self._fail(call, "after")) is not None:
-            return late
-        if isinstance(reply, web.StreamResponse):
-            return reply
-        for fault in call.faults:
-            if fault.tamper and not call.body and reply.body:
-                reply.body = fault.tamper(reply.body)
-        response = web.Response(
-            body=reply.body,
-            status=reply.status,
-            content_type="application/json" if reply.body else "text/plain",
-        )
-        try:
-            await response.prepare(request)
-            await response.write_eof()
-        except (ConnectionError, asyncio.CancelledError):
-            if reply.undo:
-                reply.undo()
-            raise
-        if reply.written:
-            reply.written()
-        self._record(f"platform → {party}", request.method, path, reply.body)
-        return response
-
-    def _authorize(self, request: web.Request, party: str) -> None:
-        if party == "worker":
-            given, wanted = request.query.get("key", ""), self._worker_key
-        else:
-            header = request.headers.get("Authorization", "")
-            given, wanted = header.removeprefix("Bearer ").strip(), self.api_key
-        if not secrets.compare_digest(given.encode(), wanted.encode()):
-            raise Refused(401, "unauthorized: send the API key as Authorization: Bearer")
-        if request.match_info.get("endpoint", self.endpoint_id) != self.endpoint_id:
-            raise Refused(404, f"no such endpoint; this platform serves {self.endpoint_id}")
-
-    async def _fail(self, call: Call, when: str) -> web.StreamResponse | None:
-        for fault in call.faults:
-            if fault.when != when:
-                continue
-            if fault.delay_s:
-                await asyncio.sleep(fault.delay_s)
-            if fault.reset:
-                _reset(call.request)
-                return web.Response(status=500)
-            if fault.status is not None:
-                return web.json_response({"error": "injected fault"}, status=fault.status)
-        return None
-
-    def _record(self, direction: str, method: str, path: str, body: bytes) -> None:
-        if not self._record_bytes:
-            return
-        self.exchanged.append(Exchange(direction, method, path, body))
-        self._recorded_bytes += len(path) + len(body)
-        while self._recorded_bytes > self._record_bytes:
-            oldest = self.exchanged.popleft()
-            self._recorded_bytes -= len(oldest.path) + len(oldest.body)
-            self.exchanged_lost += 1
-
-    # -- the worker's side ---------------------------------------------------------------------
-
-    def _worker(self, call: Call) -> Worker:
-        worker = self._queue.worker(call.worker_id or "")
-        worker.seen_s = time.monotonic()
-        worker.dropped_s = None
-        worker.gone = False
-        return worker
-
-    async def _job_take(self, call: Call) -> Reply:
-        worker = self._worker(call)
-        if not worker.ready:
-            worker.ready = True
-            log.info("worker %s is ready", worker.id)
-        count = call.query_number("batch_size", 1, 1, 1000)
-        until_s = time.monotonic() + self.hold_s
-        jobs = await self._poll(
-            worker, self._queue.take(worker, count, until_s, lambda: _present(call.request))
-        )
-        if not jobs:
-            return Reply(status=204)
-        for job in jobs:
-            for _ in range(sum(fault.duplicate for fault in call.faults)):
-                self._queue.deliver_again(job)
-        sent: list[dict[str, Any]] = [{"id": job.id, "input": job.input} for job in jobs]
-        batch = "job-take-batch" in call.request.path
-        reply = _json(sent if batch else sent[0])
-        reply.undo = lambda: self._queue.put_back(worker, jobs)
-        return reply
-
-    async def _job_stop(self, call: Call) -> Reply:
-        worker = self._worker(call)
-        ids = await self._poll(worker, self._queue.stops(worker, time.monotonic() + self.hold_s))
-        if not ids:
-            return Reply(status=204)
-        reply = _json({"jobsToStop": ids})
-        reply.undo = lambda: worker.to_stop.extend(ids)
-        return reply
-
-    async def _poll(self, worker: Worker, wait: Awaitable[_T]) -> _T:
-        worker.polls += 1
-        try:
-            return await wait
-        except asyncio.CancelledError:
-            self._dropped(worker)
-            raise
-        finally:
-            worker.polls -= 1
-            worker.seen_s = time.monotonic()
-
-    def _dropped(self, worker: Worker) -> None:
-        if self._queue.closing:
-            return
-        worker.dropped_s = dropped_s = time.monotonic()
-
-        def check() -> None:
-            if worker.dropped_s == dropped_s and not worker.polls:
-                self._queue.lose(worker, "dropped its connection")
-
-        asyncio.get_running_loop().call_later(self.gone_after_s, check)
-
-    async def _watch_workers(self) -> None:
-        while True:
-            await asyncio.sleep(self.silent_after_s / 4)
-            oldest_s = time.monotonic() - self.silent_after_s
-            for worker in self._queue.workers.values():
-                silent = max(worker.seen_s, worker.pinged_s) < oldest_s
-                if silent and worker.ready and not worker.polls:
-                    self._queue.lose(worker, "silent")
-
-    async def _job_stream(self, call: Call) -> Reply:
-        self._worker(call)
-        job = self._job(call)
-        if len(call.body) > MAX_CHUNK_BYTES:
-            raise Refused(413, f"a stream chunk holds at most {MAX_CHUNK_BYTES} bytes")
-        chunk = _parse(call.body)
-        if not isinstance(chunk, dict) or "output" not in chunk:
-            raise Refused(400, "a stream chunk is a JSON object with an output")
-        if not any(fault.drop for fault in call.faults):
-            self._queue.add_chunk(
-                job,
-                call.body,
-                copies=1 + sum(fault.duplicate for fault in call.faults),
-                hold_back=any(fault.reorder for fault in call.faults),
-            )
-        return Reply()
-
-    async def _job_done(self, call: Call) -> Reply:
-        self._worker(call)
-        job = self._job(call)
-        if any(fault.drop for fault in call.faults):
-            return Reply()
-        if len(call.body) > MAX_OUTPUT_BYTES:
-            self._queue.finish(job, error=f"the output exceeds {MAX_OUTPUT_BYTES} bytes")
-            raise Refused(413, f"an output holds at most {MAX_OUTPUT_BYTES} bytes")
-        result = _parse(call.body)
-        if not isinstance(result, dict):
-            raise Refused(400, "a result is a JSON object")
-        error = result.get("error")
-        self._queue.finish(
-            job,
-            output=result.get("output"),
-            error=error if error is None or isinstance(error, str) else json.dumps(error),
-        )
-        return Reply()
-
-    async def _ping(self, call: Call) -> Reply:
-        # A ping proves nothing about the worker itself: the SDK's ping process outlives it.
-        worker = self._queue.worker(call.worker_id or "")
-        worker.pinged_s = time.monotonic()
-        worker.pings += 1
-        return _json({})
-
-    # -- the client's side ---------------------------------------------------------------------
-
-    def _job(self, call: Call) -> Job:
-        job = self._queue.jobs.get(call.job_id or "")
-        if job is None:
-            raise Refused(404, "no such job, or its result is no longer kept")
-        return job
-
-    def _submit(self, call: Call, *, sync: bool) -> Job:
-        limit = MAX_RUNSYNC_BYTES if sync else MAX_RUN_BYTES
-        if len(call.body) > limit:
-            raise Refused(413, f"the body exceeds {limit} bytes")
-        body = _parse(call.body)
-        if not isinstance(body, dict) or not isinstance(body.get("input"), dict):
-            raise Refused(400, "the body must be a JSON object whose input is an object")
-        if body.get("webhook") or body.get("s3Config"):
-            raise Refused(400, "webhook and s3Config are not part of this platform")
-        policy = body.get("policy") or {}
-        if not isinstance(policy, dict):
-            raise Refused(400, "policy must be an object")
-        return self._queue.submit(
-            body["input"],
-            prefix="sync-" if sync else "",
-            execution_timeout_s=_policy_s(policy, "executionTimeout", 600_000),
-            ttl_s=_policy_s(policy, "ttl", 86_400_000),
-            kept_s=self.kept_sync_s if sync else self.kept_s,
-        )
-
-    async def _run(self, call: Call) -> Reply:
-        job = self._submit(call, sync=False)
-        return _json({"id": job.id, "status": "IN_QUEUE"})
-
-    async def _runsync(self, call: Call) -> Reply:
-        wait_s = call.query_number("wait", 90_000, 1000, 300_000) / 1000
-        job = self._submit(call, sync=True)
-        await self._until_over(job, wait_s)
-        return _json(job.view())
-
-    async def _until_over(self, job: Job, wait_s: float) -> None:
-        until_s = time.monotonic() + wait_s
-        while not (job.status.final or self._queue.closing):
-            if not await job.changed.wait(until_s):
-                break
-
-    async def _status(self, call: Call) -> Reply:
-        return _json(self._job(call).view())
-
-    async def _stream(self, call: Call) -> Reply:
-        job = self._job(call)
-        until_s = time.monotonic() + self.stream_hold_s
-        while not (job.chunks or job.status.final or self._queue.closing):
-            if not self.stream_hold_s or not await job.changed.wait(until_s):
-                break
-        chunks = job.read() if _present(call.request) else []
-        status = f'{{"status": "{job.status}", "stream": ['.encode()
-        return Reply(status + b", ".join(chunks) + b"]}", undo=lambda: job.unread(chunks))
-
-    async def _cancel(self, call: Call) -> Reply:
-        job = self._job(call)
-        self._queue.cancel(job)
-        return _json({"id": job.id, "status": str(job.status)})
-
-    async def _retry(self, call: Call) -> Reply:
-        job = self._job(call)
-        if job.status not in (Status.FAILED, Status.TIMED_OUT):
-            raise Refused(400, f"only a failed or timed-out job can be retried; it is {job.status}")
-        self._queue.retry(job)
-        return _json({"id": job.id, "status": str(job.status)})
-
-    async def _purge_queue(self, call: Call) -> Reply:
-        return _json({"removed": self._queue.purge(), "status": "completed"})
-
-    async def _health(self, call: Call) -> Reply:
-        return _json(self._queue.health())
-
-    async def _unknown(self, call: Call) -> Reply:
-        raise Refused(404, "no such path, or not with this method")
-
-    # -- the OpenAI route ----------------------------------------------------------------------
-
-    async def _openai(self, call: Call) -> "Reply | web.StreamResponse":
-        if len(call.body) > MAX_RUN_BYTES:
-            raise Refused(413, f"the body exceeds {MAX_RUN_BYTES} bytes")
-        given: dict[str, Any] = {"openai_route": "/" + call.request.match_info["route"]}
-        if call.body:
-            given["openai_input"] = _parse(call.body)
-        job = self._queue.submit(
-            given, prefix="", execution_timeout_s=600, ttl_s=86_400, kept_s=self.kept_sync_s
-        )
-        body = given.get("openai_input")
-        try:
-            if isinstance(body, dict) and body.get("stream") is True:
-                return await self._openai_stream(call, job)
-            await self._until_over(job, 600)
-            return self._openai_reply(job)
-        finally:
-            # Nobody else knows this job's id.
-            self._queue.cancel(job)
-
-    def _openai_reply(self, job: Job) -> Reply:
-        if job.status is not Status.COMPLETED:
-            message = job.error or f"the job ended as {job.status}"
-            return _json({"error": {"message": message, "type": "job_error", "code": 500}}, 500)
-        parts = [json.loads(chunk)["output"] for chunk in job.read()]
-        if not parts:
-            parts = job.output if isinstance(job.output, list) else [job.output]
-        if all(isinstance(part, str) for part in parts):
-            return Reply("".join(parts).encode())
-        return _json(parts[0] if len(parts) == 1 else parts)
-
-    async def _openai_stream(self, call: Call, job: Job) -> "Reply | web.StreamResponse":
-        until_s = time.monotonic() + 600
-        while not (job.chunks or job.status.final or self._queue.closing):
-            if not await job.changed.wait(until_s):
-                break
-        if not job.chunks:
-            return self._openai_reply(job)
-        response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-        )
-        await response.prepare(call.request)
-        while True:
-            over = job.status.final or self._queue.closing
-            for chunk in job.read():
-                part = json.loads(chunk)["output"]
-                text = part if isinstance(part, str) else f"data: {json.dumps(part)}\n\n"
-                self._record("platform → client", "POST", call.request.path, text.encode())
-                await response.write(text.encode())
-            if over or not (job.chunks or job.status.final or await job.changed.wait(until_s)):
-                break
-        await response.write_eof()
-        return response
-
-    # -- faults over HTTP ----------------------------------------------------------------------
-
-    async def _control_faults(self, call: Call) -> Reply:
-        if call.request.method == "DELETE":
-            self.faults.clear()
-        elif call.request.method == "POST":
-            try:
-                self.faults.add_json(_parse(call.body))
-            except ValueError as error:
-                raise Refused(400, str(error)) from None
-        return _json({"faults": [fault.view() for fault in self.faults.active]})
-
-
-def _json(value: Any, status: int = 200) -> Reply:
-    return Reply(json.dumps(value).encode(), status)
-
-
-def _parse(body: bytes) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(constant)
-
-    try:
-        return json.loads(body, parse_constant=refuse)
-    except (ValueError, RecursionError):
-        raise Refused(400, "the body is not JSON") from None
-
-
-def _policy_s(policy: dict[str, Any], name: str, default_ms: int) -> float:
-    value = policy.get(name, default_ms)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise Refused(400, f"policy.{name} must be a positive number of milliseconds")
-    return value / 1000
-
-
-def _present(request: web.Request) -> bool:
-    """Return whether the request's client is still there, as the kernel knows it this moment."""
-    transport = request.transport
-    if transport is None or transport.is_closing():
-        return False
-    with transport.get_extra_info("socket").dup() as peer:
-        try:
-            return bool(peer.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-
-
-def _reset(request: web.Request) -> None:
-    if request.transport:
-        linger = struct.pack("ii", 1, 0)
-        request.transport.get_extra_info("socket").setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, linger
-        )
-        request.transport.abort()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -716,6 +188,9 @@ def main(argv: list[str] | None = None) -> int:
         help="variable that holds the clients' API key; unset: a fresh key is made and shown",
     )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="workers of COMMAND")
+    parser.add_argument(
+        "--restarts", type=int, default=3, metavar="N", help="of a worker that fails"
+    )
     parser.add_argument("--allow-faults", action="store_true", help="serve /control/faults")
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="what a worker runs")
     arguments = parser.parse_args(argv)
@@ -727,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     api_key = environment.pop(arguments.api_key_env, None)
     platform = LocalRunpod(
         endpoint_id=arguments.endpoint,
-        api_key=api_key,
+        api_key=api_key or secrets.token_urlsafe(24),
         host=arguments.host,
         port=arguments.port,
         allow_faults=arguments.allow_faults,
@@ -735,9 +210,15 @@ def main(argv: list[str] | None = None) -> int:
 
     async def run() -> int:
         async with platform:
-            print(f"{platform.base_url}", flush=True)
+            print(platform.base_url, flush=True)
             print(_how_to_reach(platform, arguments.api_key_env, api_key is None), file=sys.stderr)
-            return await run_workers(platform, arguments.command, environment, arguments.workers)
+            return await Workers(
+                platform=platform,
+                command=arguments.command,
+                environment=environment,
+                count=arguments.workers,
+                restarts=arguments.restarts,
+            ).run()
 
     return asyncio.run(run())
 
@@ -749,10 +230,8 @@ def _how_to_reach(platform: LocalRunpod, variable: str, fresh: bool) -> str:
     ]
     if fresh:
         lines.append(f"export {variable}={platform.api_key}")
-    lines.append(
-        f'curl -H "Authorization: Bearer ${variable}" '
-        f"{platform.base_url}/{platform.endpoint_id}/health"
-    )
+    url = f"{platform.base_url}/{platform.endpoint_id}/health"
+    lines.append(f'curl -H "Authorization: Bearer ${variable}" {url}')
     return "\n".join(lines)
 
 

@@ -311,6 +311,11 @@ class Queue:
             self.counts["retried"] += 1
             self._enqueue(job, front=True)
 
+    def forget(self, worker: Worker) -> None:
+        """Take out a worker whose process ended."""
+        self.lose(worker, "process ended")
+        self.workers.pop(worker.id, None)
+
     def close(self) -> None:
         """End every held poll and drop every timer."""
         self.closing = True

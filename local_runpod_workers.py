@@ -1,24 +1,22 @@
 """Worker processes of the local platform: start, restart, stop, leave nothing behind.
 
-Owns the processes; knows the platform only by what `Platform` names and nothing of jobs.
+Owns the processes; knows the platform only by what `Platform` names, and nothing of jobs.
 """
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 log = logging.getLogger("local_runpod")
 
-MAX_RESTARTS = 5
-RESTART_DELAY_S = 1.0
-HEALTHY_AFTER_S = 60.0
-TERM_GRACE_S = 90.0
+_PR_SET_PDEATHSIG = 1
 
 
 class Platform(Protocol):
@@ -34,110 +32,103 @@ class Platform(Protocol):
         """Take the worker as gone."""
 
 
-async def run_workers(
-    platform: Platform,
-    command: Sequence[str],
-    environment: Mapping[str, str],
-    count: int,
-    *,
-    restart_delay_s: float = RESTART_DELAY_S,
-) -> int:
-    """Run `count` workers until SIGTERM, SIGINT or their own end; return the exit code.
+@dataclass(kw_only=True)
+class Workers:
+    """`count` processes of one command that serve the platform.
 
-    The code is 0 when every worker ended well, otherwise that of one that did not.
-    Without a command it waits for a signal, for workers started elsewhere.
+    One that fails is started again up to `restarts` times, after `restart_delay_s`,
+    then twice that, and so on; one that ends with 0 is not. On SIGTERM or SIGINT all
+    are drained, get SIGTERM and `grace_s` to finish their jobs; a second signal
+    ends them at once.
     """
-    stop = asyncio.Event()
-    hurry = asyncio.Event()
 
-    def on_signal() -> None:
-        (hurry if stop.is_set() else stop).set()
+    platform: Platform
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    count: int = 1
+    restarts: int = 3
+    restart_delay_s: float = 1.0
+    grace_s: float = 90.0
+    _stop: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _hurry: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    try:
-        if not command:
-            await stop.wait()
-            return 0
-        codes = await asyncio.gather(
-            *(
-                _keep_running(
-                    platform, f"pod-{n}", command, environment, stop, hurry, restart_delay_s
+    async def run(self) -> int:
+        """Run until a signal or the workers' own end; return 0 or a failed one's exit code.
+
+        Without a command it waits for the signal alone, for workers started elsewhere.
+        """
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            if not self.command:
+                await self._stop.wait()
+                return 0
+            names = [f"pod-{n}" for n in range(1, self.count + 1)]
+            codes = await asyncio.gather(*map(self._keep_running, names))
+            return next((code for code in codes if code), 0)
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self) -> None:
+        (self._hurry if self._stop.is_set() else self._stop).set()
+
+    async def _keep_running(self, name: str) -> int:
+        for restart in range(self.restarts + 1):
+            # A worker that was restarted is another one to the platform.
+            worker_id = f"{name}-{restart}" if restart else name
+            code = await self._run_once(worker_id)
+            if code == 0 or self._stop.is_set() or restart == self.restarts:
+                break
+            delay_s = self.restart_delay_s * 2**restart
+            log.warning("worker %s failed, restarting in %.1f s", worker_id, delay_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), delay_s)
+                break
+        return code
+
+    async def _run_once(self, worker_id: str) -> int:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self.command,
+                env={**self.environment, **self.platform.worker_env(worker_id)},
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=sys.stderr,
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+        except OSError as error:
+            log.error("worker %s cannot be started: %s", worker_id, error)
+            self.platform.lose(worker_id)
+            return 127
+        log.info("worker %s started, pid %d", worker_id, process.pid)
+        ended = asyncio.create_task(process.wait())
+        stop = asyncio.create_task(self._stop.wait())
+        hurry = asyncio.create_task(self._hurry.wait())
+        try:
+            await asyncio.wait({ended, stop}, return_when=asyncio.FIRST_COMPLETED)
+            stopped = not ended.done()
+            if stopped:
+                self.platform.drain(worker_id)
+                process.terminate()
+                await asyncio.wait(
+                    {ended, hurry}, timeout=self.grace_s, return_when=asyncio.FIRST_COMPLETED
                 )
-                for n in range(1, count + 1)
-            )
-        )
-        return next((code for code in codes if code), 0)
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+        finally:
+            stop.cancel()
+            hurry.cancel()
+            # The SDK's ping process and an engine's processes outlive a worker that was killed.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            code = await ended
+            self.platform.lose(worker_id)
+            log.info("worker %s ended with code %d", worker_id, code)
+        if stopped and code == -signal.SIGTERM:
+            return 0
+        return code if code >= 0 else 128 - code
 
 
-async def _keep_running(
-    platform: Platform,
-    name: str,
-    command: Sequence[str],
-    environment: Mapping[str, str],
-    stop: asyncio.Event,
-    hurry: asyncio.Event,
-    restart_delay_s: float,
-) -> int:
-    restarts = 0
-    while True:
-        # A new id each time: a restarted worker is another one to the platform.
-        worker_id = f"{name}-{restarts}" if restarts else name
-        started_s = time.monotonic()
-        code = await _run_once(platform, worker_id, command, environment, stop, hurry)
-        if code == 0 or stop.is_set():
-            return code
-        if time.monotonic() - started_s > HEALTHY_AFTER_S:
-            restarts = 0
-        if restarts == MAX_RESTARTS:
-            log.error("worker %s keeps failing, giving up", worker_id)
-            return code
-        delay_s = restart_delay_s * 2**restarts
-        restarts += 1
-        log.warning("worker %s exited with %d, restarting in %.1f s", worker_id, code, delay_s)
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(stop.wait(), delay_s)
-            return code
-
-
-async def _run_once(
-    platform: Platform,
-    worker_id: str,
-    command: Sequence[str],
-    environment: Mapping[str, str],
-    stop: asyncio.Event,
-    hurry: asyncio.Event,
-) -> int:
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        env={**environment, **platform.worker_env(worker_id)},
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=sys.stderr,
-        start_new_session=True,
-    )
-    log.info("worker %s started, pid %d", worker_id, process.pid)
-    ended = asyncio.create_task(process.wait())
-    stopping = asyncio.create_task(stop.wait())
-    hurrying = asyncio.create_task(hurry.wait())
-    try:
-        await asyncio.wait({ended, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not ended.done():
-            platform.drain(worker_id)
-            process.terminate()
-            await asyncio.wait(
-                {ended, hurrying}, timeout=TERM_GRACE_S, return_when=asyncio.FIRST_COMPLETED
-            )
-        return process.returncode if process.returncode is not None else 1
-    finally:
-        # The SDK's ping process and an engine process outlive a worker that was killed.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await ended
-        stopping.cancel()
-        hurrying.cancel()
-        platform.lose(worker_id)
-        log.info("worker %s ended", worker_id)
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
