@@ -1,0 +1,48 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup model demo test run lint bench contract pins clean
+
+PYTHON ?=
+export PYTHON
+PY := .venv/bin/python
+PINS := requirements/worker.txt requirements/engine-cpu.txt requirements/dev.txt
+MODULES = $(wildcard *.py)
+CONTRACT := 0.30 0.31 0.32
+
+help: ## list these commands
+	@awk -F":.*## " '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make the environment in .venv (PYTHON=/path/to/python3 picks another Python)
+	@tools/setup.sh .venv $(PINS)
+
+model: setup ## make the demo model in models/
+	@$(PY) tools/demo_model.py
+
+demo: model ## send a sealed prompt through a local RunPod to the demo model
+	@$(PY) tools/demo.py
+
+test: model lint ## run every test, those on the real engine included (ARGS="-k word" picks some)
+	@$(PY) -m pytest $(ARGS)
+
+run: model ## start the local RunPod with one worker (settings from the environment)
+	@$(PY) local_runpod.py -- $(PY) rp_handler.py
+
+lint: setup ## check style and types
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy $(MODULES) $(wildcard tests) tools
+
+bench: model ## measure the worker against the bare engine (ARGS=--plot draws a picture)
+	@$(PY) tools/bench.py $(ARGS)
+
+contract: model $(CONTRACT:%=contract-%) ## run the engine's tests on every vLLM that is supported
+
+contract-%:
+	@tools/setup.sh .contract/vllm-$* requirements/contract-$*.txt
+
+pins: setup ## write requirements/constraints.txt anew, with the newest versions that fit
+	@$(PY) -m uv pip compile --quiet $(PINS) -o requirements/constraints.txt
+
+clean: ## remove what make made, the environment and the models too
+	rm -rf .venv .contract .cache models bench build dist *.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,75 @@
+"""Tiny models with random weights and the demo model's tokenizer, for quick tests of the engine.
+
+They answer nonsense, the same nonsense every time, and load in a second. Owns no test and
+starts no engine.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tools import demo_model
+
+MODELS = demo_model.FOLDER.parent
+
+
+def _make(path: Path, model_class: str, config_class: str, **config: Any) -> None:
+    """Save a random model of the class in `path`, whole or not at all, unless it is there."""
+    if (path / "config.json").exists():
+        return
+    demo_model.make()
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model.FOLDER)
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(
+        getattr(transformers, config_class)(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=True,
+            **config,
+        )
+    ).to(torch.bfloat16)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as temporary:
+        work = Path(temporary) / "model"
+        tokenizer.save_pretrained(work)
+        model.save_pretrained(work)
+        shutil.rmtree(path, ignore_errors=True)
+        work.rename(path)
+
+
+def make_tiny_llama(path: Path) -> None:
+    """Make a Llama of 2 layers and 3 million parameters, context 2,048, with a chat template."""
+    # 32 is the smallest head that vLLM's attention on the CPU takes.
+    _make(
+        path,
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+    )
+
+
+KINDS: dict[str, Callable[[Path], None]] = {"tiny-llama": make_tiny_llama}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Make tiny models in a folder.")
+    parser.add_argument("folder", nargs="?", type=Path, default=MODELS)
+    folder = parser.parse_args().folder
+    for name, make in KINDS.items():
+        make(folder / name)
