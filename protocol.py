@@ -30,6 +30,12 @@ MAX_CHUNK_BYTES = 512 * 1024
 MAX_DEPTH = 100
 """Deepest nesting of arrays and objects in any JSON that is accepted."""
 
+CLOCK_SKEW_S = 60
+"""By how much the clocks of client and worker may differ (SPEC section 4)."""
+
+MAX_TTL_S = 24 * 60 * 60
+"""Longest life of a request that a worker accepts unless told otherwise (SPEC section 4)."""
+
 REQUEST_ID_BYTES = 16
 RESPONSE_SECRET_BYTES = 32
 SALT_BYTES = 16
