@@ -47,6 +47,8 @@ _LABEL = "sealed-vllm/1 "
 _CHUNK_HEADER = struct.Struct(">IBI")
 _FINAL = 1
 _TAG_BYTES = 32
+# JSON escapes make at most 6 bytes of a character: half a chunk, and room for the rest.
+_SIMPLE_TEXT_CHARS = MAX_CHUNK_BYTES // 12
 _MAX_NAME_CHARS = 32
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{_MAX_NAME_CHARS - 1}}}")
 
@@ -341,6 +343,7 @@ class RequestOpener:
         try:
             inside = (key or self._decoy).request_fernet.decrypt(ciphertext)
             request = parse_request(unpad_request(inside))
+            _unb64(request.response_secret, RESPONSE_SECRET_BYTES)
         except (InvalidToken, ValueError):
             return None
         return Opened(request, key) if key else None
@@ -508,7 +511,7 @@ class AnswerOpener:
     def __init__(self, request: Request, key: Key) -> None:
         self._request = request
         self._key = key
-        self._fernets: dict[bytes, Fernet] = {}
+        self._attempts: dict[str, tuple[bytes, Fernet]] = {}
 
     def open(self, chunk: str) -> OpenedChunk:
         """Authenticate and decode one chunk; TamperedChunk, and nothing else, if it is not one."""
@@ -524,17 +527,19 @@ class AnswerOpener:
         salt_text, _, ciphertext = rest.partition(".")
         if version != VERSION or not ciphertext.startswith(_TIME_ZERO):
             return None
+        if not _is_canonical(ciphertext):
+            return None
         try:
-            salt = _unb64(salt_text, SALT_BYTES)
-            if not _is_canonical(ciphertext):
-                return None
-            fernet = self._fernets.get(salt) or self._key.response_fernet(self._request, salt)
-            inside = fernet.decrypt(ciphertext)
+            attempt = self._attempts.get(salt_text)
+            if attempt is None:
+                salt = _unb64(salt_text, SALT_BYTES)
+                attempt = salt, self._key.response_fernet(self._request, salt)
+            inside = attempt[1].decrypt(ciphertext)
         except (InvalidToken, ValueError):
             return None
         # Only salts that opened something are kept: strangers cannot fill the memory.
-        self._fernets[salt] = fernet
-        return _parse_chunk(salt, inside)
+        self._attempts[salt_text] = attempt
+        return _parse_chunk(attempt[0], inside)
 
 
 def _parse_chunk(salt: bytes, inside: bytes) -> OpenedChunk | None:
@@ -544,7 +549,7 @@ def _parse_chunk(salt: bytes, inside: bytes) -> OpenedChunk | None:
     end = _CHUNK_HEADER.size + length
     if flags > _FINAL or end > len(inside) or len(inside) != padded_size(end):
         return None
-    if inside[end:].strip(b"\0"):
+    if not inside.endswith(bytes(len(inside) - end)):
         return None
     return OpenedChunk(salt, seq, flags == _FINAL, inside[_CHUNK_HEADER.size : end])
 
@@ -624,10 +629,25 @@ class SimpleSealer:
         self._seq = 0
 
     def seal(self, obj: dict[str, Any]) -> str:
-        """Return the next chunk: `obj` with its `seq`, as padded JSON."""
+        """Return the next chunk: `obj` with its `seq`, as padded JSON.
+
+        ValueError for more than a chunk may hold; `seal_all` splits long text.
+        """
         content = msgspec.json.encode({"seq": self._seq, **obj})
+        if len(content) > MAX_CHUNK_BYTES:
+            raise ValueError(f"a chunk holds at most {MAX_CHUNK_BYTES} bytes")
         self._seq += 1
         return self._fernet.encrypt(content.ljust(padded_size(len(content)), b" ")).decode()
+
+    def seal_all(self, obj: dict[str, Any]) -> list[str]:
+        """Return the chunks of `obj`, usually one; of a long `text` the last carries the rest."""
+        chunks = []
+        text = obj.get("text", "")
+        while len(text) > _SIMPLE_TEXT_CHARS:
+            piece, text = text[:_SIMPLE_TEXT_CHARS], text[_SIMPLE_TEXT_CHARS:]
+            index = {"index": obj["index"]} if "index" in obj else {}
+            chunks.append(self.seal({**index, "text": piece}))
+        return [*chunks, self.seal({**obj, "text": text} if "text" in obj else obj)]
 
 
 def open_simple_answer(key: Key, chunk: str) -> dict[str, Any]:

@@ -19,12 +19,12 @@ Kind = Literal["generate", "body", "sse"]
 HEAD, TEXT, EVENT, BODY, TEMPLATE, FILL, SSE, END = range(1, 9)
 
 MAX_TEMPLATES = 64
-"""Templates per answer; past it events travel in full."""
+"""Templates per answer (SPEC section 6); past it events travel in full."""
 
 _FRAME = struct.Struct(">BI")
 _INDEX = struct.Struct(">H")
 
-_STRING = rb'(?:[^"\\]|\\.)*'
+_STRING = rb'[^"\\]*+(?:\\.[^"\\]*+)*+'
 
 # The parts of a streamed event that change from one to the next: pieces of the
 # model's text in any of the routes' spellings, and the responses route's counter.
@@ -103,7 +103,8 @@ class FrameEncoder:
     def _encode(self, event: AnswerEvent) -> bytes:
         match event:
             case Text(index, delta):
-                return _frame(TEXT, _INDEX.pack(index) + delta.encode())
+                # A lone surrogate, if one ever came, would end the answer: send `?` for it.
+                return _frame(TEXT, _INDEX.pack(index) + delta.encode(errors="replace"))
             case Sse(data):
                 return self._encode_sse(data)
             case Body(data):
@@ -118,6 +119,8 @@ class FrameEncoder:
                 return _frame(END, msgspec.json.encode(end))
 
     def _encode_sse(self, data: bytes) -> bytes:
+        if b"\0" in data:
+            return _frame(SSE, data)
         # Most events repeat the one before but for one text: compare both ends, skip the search.
         prefix, suffix, number = self._last
         end = len(data) - len(suffix)
@@ -126,7 +129,7 @@ class FrameEncoder:
             if b'"' not in hole or _INSIDE_STRING.fullmatch(hole):
                 return _frame(FILL, number + hole)
         pieces, holes = _split(data)
-        if not holes or b"\0" in data:
+        if not holes:
             return _frame(SSE, data)
         definition = b""
         known = self._templates.get(pieces)
@@ -156,6 +159,7 @@ class FrameDecoder:
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._templates: list[list[bytes]] = []
+        self._begun = False
         self.ended = False
 
     def feed(self, payload: bytes) -> list[AnswerEvent]:
@@ -177,7 +181,10 @@ class FrameDecoder:
                 break
             if self.ended:
                 raise ValueError("a frame after END")
+            if kind == HEAD and self._begun:
+                raise ValueError("a HEAD after another frame")
             event = self._decode(kind, bytes(self._buffer[start + _FRAME.size : end]))
+            self._begun = True
             start = end
             if event is not None:
                 yield event
@@ -194,6 +201,8 @@ class FrameDecoder:
             case 4:
                 return Body(data)
             case 5:
+                if len(self._templates) == MAX_TEMPLATES:
+                    raise ValueError("too many templates")
                 self._templates.append(data.split(b"\0"))
                 return None
             case 6:
@@ -201,8 +210,9 @@ class FrameDecoder:
             case 7:
                 return Sse(data)
             case 8:
+                end = msgspec.convert(strict_json(data), End)
                 self.ended = True
-                return msgspec.convert(strict_json(data), End)
+                return end
             case _:
                 raise ValueError(f"unknown frame type {kind}")
 

@@ -5,13 +5,15 @@ parsing of them. Knows nothing of keys (crypto.py), of the answer's frames
 (frames.py), of engines or of networks.
 """
 
+import json
+import re
 import struct
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from errors import RequestError
+from errors import Rejected, RequestError
 
 VERSION = "1"
 
@@ -45,6 +47,9 @@ WORKER = "worker"
 
 _LENGTH = struct.Struct(">I")
 
+Seconds = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+"""Unix time within what every JSON reader holds exactly."""
+
 
 def padded_size(size: int) -> int:
     """Return the padded size in bytes of `size` bytes (SPEC section 3)."""
@@ -69,8 +74,10 @@ def unpad_request(inside: bytes) -> bytes:
         raise ValueError("shorter than its header")
     (length,) = _LENGTH.unpack_from(inside)
     end = _LENGTH.size + length
-    if end > len(inside) or len(inside) != padded_size(end) or inside[end:].strip(b"\0"):
-        raise ValueError("wrong length or padding")
+    if end > len(inside) or len(inside) != padded_size(end):
+        raise ValueError("wrong length")
+    if not inside.endswith(bytes(len(inside) - end)):
+        raise ValueError("padding that is not zero")
     return inside[_LENGTH.size : end]
 
 
@@ -79,8 +86,8 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     request_id: str
     response_secret: str
-    issued_at: int
-    expires_at: int
+    issued_at: Seconds
+    expires_at: Seconds
     audience: str
     route: str
     method: Literal["POST", "GET"]
@@ -89,6 +96,12 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def encode(self) -> bytes:
         """Return the request as JSON."""
         return msgspec.json.encode(self)
+
+    @property
+    def call(self) -> "Call":
+        """What the request asks the engine to do."""
+        body = bytes(self.body)
+        return Call(self.route, self.method, b"" if body == b"null" else body)
 
 
 class GenerateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -133,10 +146,16 @@ class SimpleInput:
 
 @dataclass(frozen=True, slots=True)
 class PlaintextInput:
-    """One of the official worker's three forms, served only with ALLOW_PLAINTEXT."""
+    """One of the official worker's three forms, served only with ALLOW_PLAINTEXT.
+
+    `form` is `openai` (`openai_route`, `openai_input`), `route` (`route`, `body`, `method`)
+    or `generate` (`prompt` or `messages`), whose call is a `generate` body. `stream` is
+    what the caller asked for, false by default as with the official worker.
+    """
 
     call: Call
     stream: bool
+    form: Literal["openai", "route", "generate"]
 
 
 JobInput = SealedInput | SimpleInput | PlaintextInput
@@ -148,15 +167,33 @@ def strict_json(data: bytes | str) -> Any:
     msgspec refuses NaN, Infinity, floats beyond range and lone surrogates by itself.
     """
     try:
-        value = msgspec.json.decode(data)
+        raw = data.encode() if isinstance(data, str) else data
+        value = msgspec.json.decode(raw)
     except RecursionError:
-        raise ValueError(f"JSON nested deeper than {MAX_DEPTH}") from None
-    except (msgspec.DecodeError, UnicodeError) as error:
-        raise ValueError(f"not valid JSON: {error}") from None
-    raw = data.encode() if isinstance(data, str) else data
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
-        _check_depth(value)
-    return value
+        reason = f"JSON nested deeper than {MAX_DEPTH}"
+    except UnicodeError:
+        reason = "not valid JSON: not valid UTF-8"
+    except msgspec.DecodeError as error:
+        reason = f"not valid JSON: {error}"
+    else:
+        if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
+            _check_depth(value)
+        return value
+    raise ValueError(reason)
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return JSON of a decoded value; ValueError for what SPEC section 1 does not have."""
+    try:
+        data = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except RecursionError:
+        data = None
+    except (TypeError, ValueError):
+        raise ValueError("it holds a value that JSON does not have, such as NaN") from None
+    if data is None:
+        raise ValueError(f"JSON nested deeper than {MAX_DEPTH}")
+    strict_json(data)
+    return data.encode()
 
 
 def _check_depth(value: Any) -> None:
@@ -170,17 +207,24 @@ def _check_depth(value: Any) -> None:
 
 
 def parse_request(data: bytes) -> Request:
-    """Decode the JSON of a request; ValueError unless its members are SPEC section 3's."""
+    """Decode the JSON of a request; ValueError unless its members are SPEC section 3's.
+
+    `response_secret` is only checked to be text: crypto.py decodes it.
+    """
     strict_json(data)
     request = msgspec.json.decode(data, type=Request)
     request_id = request.request_id
     if len(request_id) != 2 * REQUEST_ID_BYTES or request_id.strip("0123456789abcdef"):
         raise ValueError("request_id is not 32 lower-case hex digits")
-    if request.method == "GET" and bytes(request.body) != b"null":
-        raise ValueError("a GET request has a body")
-    if not bytes(request.body).startswith((b"{", b"null")):
+    body = bytes(request.body)
+    if not body.startswith(b"{") and body != b"null":
         raise ValueError("body is neither an object nor null")
+    if request.method == "GET" and body != b"null":
+        raise ValueError("a GET request has a body")
     return request
+
+
+_MEMBER = re.compile(r"`(?:\$\.)?(\w+)")
 
 
 def parse_generate(body: bytes) -> GenerateBody:
@@ -190,8 +234,9 @@ def parse_generate(body: bytes) -> GenerateBody:
         if not isinstance(value, dict):
             raise ValueError("the body is not a JSON object")
         parsed = msgspec.convert(value, GenerateBody)
-    except (ValueError, msgspec.ValidationError) as error:
-        raise RequestError(f"generate: {error}") from None
+    except ValueError as error:
+        member = _MEMBER.search(str(error))
+        raise RequestError(f"generate: {error}", param=member and member[1]) from None
     if (parsed.messages is None) == (parsed.prompt is None):
         raise RequestError("generate: give either `messages` or `prompt`", param="messages")
     if parsed.messages is not None and not parsed.messages:
@@ -199,3 +244,128 @@ def parse_generate(body: bytes) -> GenerateBody:
     if parsed.prompt is not None and not parsed.prompt:
         raise RequestError("generate: `prompt` is empty", param="prompt")
     return parsed
+
+
+_GENERATE_MEMBERS = frozenset(GenerateBody.__struct_fields__)
+_FORM_MEMBERS = {
+    "sealed": frozenset({"sealed"}),
+    "encrypted_input": frozenset({"encrypted_input"}),
+    "openai": frozenset({"openai_route", "openai_input"}),
+    "route": frozenset({"route", "body", "method"}),
+}
+
+
+def parse_job_input(job_input: Any) -> JobInput:
+    """Tell which form a job's input has (SPEC sections 3 and 9, or one in plaintext).
+
+    Rejected for a sealed or simple form that is not alone or not text; RequestError for
+    plaintext that is none of the official worker's forms. Nothing is quoted.
+    """
+    if not isinstance(job_input, dict):
+        raise RequestError("the job's input is not a JSON object")
+    if "sealed" in job_input:
+        return SealedInput(_only_text(job_input, "sealed"))
+    if "encrypted_input" in job_input:
+        return SimpleInput(_only_text(job_input, "encrypted_input"))
+    try:
+        if job_input.keys() & _FORM_MEMBERS["openai"]:
+            return _parse_openai(job_input)
+        if "route" in job_input:
+            return _parse_route(job_input)
+        if job_input.keys() & {"prompt", "messages"}:
+            return _parse_generate_form(job_input)
+    except ValueError as error:
+        fault = str(error)
+    else:
+        fault = (
+            "it has neither `sealed` nor `encrypted_input`, and none of `openai_input`, "
+            "`route`, `messages` and `prompt`"
+        )
+    raise RequestError(f"the job's input cannot be used: {fault}")
+
+
+def _only_text(job_input: dict[str, Any], member: str) -> str:
+    value = job_input[member]
+    if len(job_input) != 1 or not isinstance(value, str):
+        raise Rejected
+    return value
+
+
+def _only_members(job_input: dict[str, Any], form: str) -> None:
+    allowed = _FORM_MEMBERS[form]
+    if not job_input.keys() <= allowed:
+        names = ", ".join(f"`{name}`" for name in sorted(allowed))
+        raise ValueError(f"this form has no other members than {names}")
+
+
+def _parse_openai(job_input: dict[str, Any]) -> PlaintextInput:
+    """Form 1; an empty `openai_input` is how the platform hands on a GET."""
+    _only_members(job_input, "openai")
+    body = _object(job_input, "openai_input")
+    route = job_input.get("openai_route")
+    if route is None:
+        if "messages" in body:
+            route = "/v1/chat/completions"
+        elif "prompt" in body:
+            route = "/v1/completions"
+        else:
+            raise ValueError("without `openai_route`, `openai_input` has `messages` or `prompt`")
+    return _call(route, "POST" if body else "GET", body, "openai")
+
+
+def _parse_route(job_input: dict[str, Any]) -> PlaintextInput:
+    """Form 2; without `method` it is POST where there is a body, else GET."""
+    _only_members(job_input, "route")
+    body = _object(job_input, "body")
+    method = job_input.get("method")
+    if method is None:
+        method = "POST" if job_input.get("body") is not None else "GET"
+    if not isinstance(method, str) or method.upper() not in ("GET", "POST"):
+        raise ValueError("`method` is neither GET nor POST")
+    if method.upper() == "GET" and body:
+        raise ValueError("a GET has no `body`")
+    return _call(job_input["route"], method.upper(), body, "route")
+
+
+def _call(
+    route: Any, method: str, body: dict[str, Any], form: Literal["openai", "route"]
+) -> PlaintextInput:
+    if not isinstance(route, str) or not route:
+        raise ValueError("the route is not text")
+    data = json_bytes(body) if method == "POST" else b""
+    return PlaintextInput(Call(route, method, data), body.get("stream") is True, form)
+
+
+def _object(job_input: dict[str, Any], member: str) -> dict[str, Any]:
+    value = job_input.get(member)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"`{member}` is not an object")
+    return value
+
+
+def _parse_generate_form(job_input: dict[str, Any]) -> PlaintextInput:
+    """Form 3; what is not a member of a `generate` body is taken for a sampling parameter.
+
+    The engine refuses unknown ones, so nothing is accepted and then ignored.
+    """
+    apply_chat_template = job_input.get("apply_chat_template", False)
+    if not isinstance(apply_chat_template, bool):
+        raise ValueError("`apply_chat_template` is neither true nor false")
+    body = {name: value for name, value in job_input.items() if name in _GENERATE_MEMBERS}
+    params = dict(_object(job_input, "sampling_params"))
+    for name in job_input.keys() - _GENERATE_MEMBERS - {"apply_chat_template"}:
+        if name in params:
+            raise ValueError("a sampling parameter is given twice")
+        params[name] = job_input[name]
+    if params:
+        body["sampling_params"] = params
+    if apply_chat_template and isinstance(body.get("prompt"), str):
+        body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
+    body.setdefault("stream", False)
+    if not isinstance(body["stream"], bool):
+        raise ValueError("`stream` is neither true nor false")
+    return PlaintextInput(
+        Call(GENERATE, "POST", json_bytes(body)), stream=body["stream"], form="generate"
+    )
