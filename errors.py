@@ -22,6 +22,7 @@ SealedError
     ├── EndpointNotFound      no endpoint or job of that id
     ├── TooLarge              the sealed request exceeds what the platform carries
     ├── RateLimited           the platform asks to slow down
+    ├── PlatformFault         the platform answered with an error of its own
     ├── NoWorker              no worker took the job within the wait
     ├── JobFailed             the job failed on the platform
     ├── JobTimedOut           the job ran or waited past its limit
@@ -44,7 +45,7 @@ class SealedError(Exception):
 class ConfigError(SealedError):
     """Settings that cannot work; `faults` holds one sentence each."""
 
-    exit_code = 2
+    exit_code = 3
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = tuple(faults)
@@ -143,13 +144,14 @@ class Rejected(SealedError):
     """A request that could not be opened; carries nothing but its constant text.
 
     The causes (wrong key, damaged, malformed) are not told apart: SPEC section 7.
+    A client adds its `advice`, a worker never does.
     """
 
     exit_code = 5
     TEXT = "request rejected: it could not be opened with a key of this worker"
 
-    def __init__(self) -> None:
-        super().__init__(self.TEXT)
+    def __init__(self, advice: str = "") -> None:
+        super().__init__(self.TEXT + advice)
 
 
 class AnswerError(SealedError):
@@ -165,13 +167,19 @@ class TamperedChunk(AnswerError):
 class MissingChunk(AnswerError):
     """A chunk that never arrived."""
 
+    exit_code = 7
+
 
 class RestartedAnswer(AnswerError):
     """A second attempt's chunks after the first attempt's were delivered."""
 
+    exit_code = 8
+
 
 class TruncatedAnswer(AnswerError):
     """A job that ended without the final chunk."""
+
+    exit_code = 9
 
 
 class JobError(SealedError):
@@ -208,6 +216,12 @@ class RateLimited(JobError):
     """The platform answered 429 for longer than the client was willing to wait."""
 
     exit_code = 15
+
+
+class PlatformFault(JobError):
+    """The platform answered 5xx, or something that is not its API."""
+
+    exit_code = 19
 
 
 class NoWorker(JobError):

@@ -1,0 +1,444 @@
+"""The client: a library for talking to a sealed worker, and `python client.py`, the command.
+
+    with Client() as client:
+        print(client.chat("Why is the sky blue?").text)
+        with client.chat("Tell me a story.", stream=True, temperature=0.7) as stream:
+            for delta in stream:
+                print(delta.text, end="")
+
+`AsyncClient` is the same with `await`, `async with` and `async for`. Leaving a
+stream early, an exception or a cancelled task cancels the job.
+
+Owns the calls and the shapes they return. The command is in `commands`, the life
+of a job in `job`, the platform's HTTP in `endpoint`, what is believed in
+`delivery`. Needs neither vllm, torch nor runpod.
+
+Options of every call: `timeout_s` (until the answer is complete), `wait_s` (until
+a worker takes the job), `ttl_s` (how long the request is valid, also for the
+platform), `execution_timeout_s` (on the worker), `on_progress` (called with a
+`Progress` while the answer has not begun). `chat` and `complete` also take `model`,
+`tools`, `tool_choice`, `response_format`, `chat_template_kwargs`,
+`add_generation_prompt` and `continue_final_message`; every other option is one of
+vLLM's sampling parameters (SPEC section 8.1). An option that is None is not given.
+"""
+
+import json
+from collections.abc import Coroutine, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, overload
+
+import httpx2
+
+import client_config
+from answers import Answer, AnswerBuilder, Choice, Delta, Progress, Response, ResponseBuilder
+from client_config import ClientSettings
+from crypto import KeyRing, new_request
+from endpoint import AsyncTransport, BlockingTransport, Endpoint, Transport, run_blocking
+from errors import AnswerError, ConfigError, RequestError
+from job import Job, Limits
+from protocol import GENERATE, WORKER, GenerateBody, parse_generate
+from streams import (
+    AsyncRawStream,
+    AsyncStream,
+    Pieces,
+    RawStream,
+    Stream,
+    read_answer,
+    read_response,
+)
+
+__all__ = [
+    "Answer",
+    "AsyncClient",
+    "AsyncRawStream",
+    "AsyncStream",
+    "Choice",
+    "Client",
+    "ClientSettings",
+    "Delta",
+    "Progress",
+    "RawStream",
+    "Response",
+    "Stream",
+]
+
+Messages = str | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int]
+Body = Mapping[str, Any] | None
+Method = Literal["POST", "GET"]
+
+T = TypeVar("T")
+Awaited = Coroutine[Any, Any, T]
+
+_LIMITS = frozenset(Limits.__dataclass_fields__)
+_BODY_MEMBERS = frozenset(GenerateBody.__struct_fields__) - {
+    "messages",
+    "prompt",
+    "sampling_params",
+    "stream",
+}
+
+
+class _Core:
+    """What both clients do before and after they wait for something."""
+
+    def __init__(self, settings: ClientSettings, transport: Transport) -> None:
+        self._settings = settings
+        self.endpoint = Endpoint(transport, settings.api_base, settings.endpoint_id)
+        self._key = None
+        if settings.encryption_key:
+            self._key = KeyRing.parse(settings.encryption_key).first
+
+    def job(
+        self,
+        route: str,
+        body: Mapping[str, Any] | None,
+        *,
+        streamed: bool,
+        method: Method = "POST",
+        options: Mapping[str, Any],
+    ) -> Job:
+        if self._key is None:
+            raise ConfigError(["ENCRYPTION_KEY is not set; a request cannot be sealed without it"])
+        options = dict(options)
+        on_progress = options.pop("on_progress", None)
+        if unknown := set(options) - _LIMITS:
+            raise TypeError(f"unknown option: {', '.join(sorted(unknown))}")
+        settings = self._settings
+        given = {name: value for name, value in options.items() if value is not None}
+        defaults = {
+            "timeout_s": settings.timeout_s,
+            "wait_s": settings.wait_s,
+            "ttl_s": settings.ttl_s,
+        }
+        limits = Limits(**{**defaults, **given})
+        request = new_request(
+            route,
+            None if body is None else encode(body),
+            audience=settings.endpoint_id,
+            ttl_s=limits.ttl_s or client_config.DEFAULT_TTL_S,
+            method=method,
+        )
+        return Job(
+            self.endpoint,
+            request,
+            self._key,
+            streamed=streamed,
+            limits=limits,
+            on_progress=on_progress,
+        )
+
+    def chat(
+        self, messages: Messages, system: str | None, stream: bool, options: Mapping[str, Any]
+    ) -> Pieces[Delta, AnswerBuilder]:
+        listed = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        first = [] if system is None else [{"role": "system", "content": system}]
+        return self._generate({"messages": [*first, *listed]}, stream, options)
+
+    def complete(
+        self, prompt: Prompt, stream: bool, options: Mapping[str, Any]
+    ) -> Pieces[Delta, AnswerBuilder]:
+        given = prompt if isinstance(prompt, str) else list(prompt)
+        return self._generate({"prompt": given}, stream, options)
+
+    def _generate(
+        self, given: dict[str, Any], stream: bool, options: Mapping[str, Any]
+    ) -> Pieces[Delta, AnswerBuilder]:
+        calls: dict[str, Any] = {}
+        body: dict[str, Any] = {**given, "stream": stream}
+        sampling = dict(options.get("sampling_params") or {})
+        for name, value in options.items():
+            if value is None or name == "sampling_params":
+                continue
+            kind = body if name in _BODY_MEMBERS else sampling
+            if name in _LIMITS or name == "on_progress":
+                kind = calls
+            kind[name] = value
+        if sampling:
+            body["sampling_params"] = sampling
+        parse_generate(encode(body))
+        job = self.job(GENERATE, body, streamed=stream, options=calls)
+        return Pieces(job, AnswerBuilder())
+
+    def request(
+        self,
+        route: str,
+        body: Mapping[str, Any] | None,
+        method: Method,
+        stream: bool | None,
+        options: Mapping[str, Any],
+    ) -> tuple[Pieces[bytes, ResponseBuilder], bool]:
+        if stream is None:
+            stream = body is not None and body.get("stream") is True
+        elif body is not None and (stream or "stream" in body):
+            body = {**body, "stream": stream}
+        job = self.job(route, body, streamed=stream, method=method, options=options)
+        return Pieces(job, ResponseBuilder()), stream
+
+
+def encode(body: Mapping[str, Any]) -> bytes:
+    """Return a body as JSON; RequestError for what JSON cannot hold."""
+    try:
+        text = json.dumps(body, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        return text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = "lone surrogates" if isinstance(error, UnicodeError) else str(error)
+        raise RequestError(f"the request cannot be written as JSON: {reason}") from None
+
+
+def _settings(
+    settings: ClientSettings | None,
+    endpoint_id: str | None,
+    api_key: str | None,
+    encryption_key: str | None,
+    api_base: str | None,
+) -> ClientSettings:
+    given = {
+        "RUNPOD_ENDPOINT_ID": endpoint_id,
+        "RUNPOD_API_KEY": api_key,
+        "ENCRYPTION_KEY": encryption_key,
+        "RUNPOD_API_BASE": api_base,
+    }
+    if settings is None:
+        return client_config.load(given)
+    if any(value is not None for value in given.values()):
+        raise TypeError("give either settings or single values")
+    return settings
+
+
+def _object(response: Response) -> dict[str, Any]:
+    value = response.json()
+    if not isinstance(value, dict):
+        raise AnswerError("the worker's description of itself is not an object")
+    return value
+
+
+class Client:
+    """A blocking client of one endpoint; may be shared by threads, its streams may not.
+
+    Settings that are not given come from the environment (client_config.SETTINGS).
+    """
+
+    def __init__(
+        self,
+        settings: ClientSettings | None = None,
+        *,
+        endpoint_id: str | None = None,
+        api_key: str | None = None,
+        encryption_key: str | None = None,
+        api_base: str | None = None,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
+        settings = _settings(settings, endpoint_id, api_key, encryption_key, api_base)
+        self._transport = BlockingTransport(settings.api_base, settings.api_key, transport)
+        self._core = _Core(settings, self._transport)
+        self.endpoint = self._core.endpoint
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        run_blocking(self._transport.close())
+
+    @overload
+    def chat(
+        self, messages: Messages, *, stream: Literal[False] = False, **options: Any
+    ) -> Answer: ...
+    @overload
+    def chat(self, messages: Messages, *, stream: Literal[True], **options: Any) -> Stream: ...
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        system: str | None = None,
+        stream: bool = False,
+        **options: Any,
+    ) -> Answer | Stream:
+        """Answer a conversation, or a single user's text, through the model's chat template."""
+        pieces = self._core.chat(messages, system, stream, options)
+        return Stream(pieces) if stream else run_blocking(read_answer(pieces))
+
+    @overload
+    def complete(
+        self, prompt: Prompt, *, stream: Literal[False] = False, **options: Any
+    ) -> Answer: ...
+    @overload
+    def complete(self, prompt: Prompt, *, stream: Literal[True], **options: Any) -> Stream: ...
+    def complete(self, prompt: Prompt, *, stream: bool = False, **options: Any) -> Answer | Stream:
+        """Continue a text or a list of token ids, without a chat template."""
+        pieces = self._core.complete(prompt, stream, options)
+        return Stream(pieces) if stream else run_blocking(read_answer(pieces))
+
+    @overload
+    def request(
+        self, route: str, body: Body = None, *, stream: Literal[True], **options: Any
+    ) -> RawStream: ...
+    @overload
+    def request(
+        self, route: str, body: Body = None, *, stream: Literal[False], **options: Any
+    ) -> Response: ...
+    @overload
+    def request(self, route: str, body: Body = None, **options: Any) -> Response | RawStream: ...
+    def request(
+        self,
+        route: str,
+        body: Body = None,
+        *,
+        method: Method = "POST",
+        stream: bool | None = None,
+        check: bool = True,
+        **options: Any,
+    ) -> Response | RawStream:
+        """Call an OpenAI or vLLM route such as `/v1/embeddings`.
+
+        Streams if the body asks for it, unless `stream` says otherwise. With `check` a status
+        of 400 or more is raised as RequestError.
+        """
+        pieces, streams = self._core.request(route, body, method, stream, options)
+        return RawStream(pieces, check) if streams else run_blocking(read_response(pieces, check))
+
+    def worker(self, **options: Any) -> dict[str, Any]:
+        """Return what a worker says of itself: versions, models, limits, clock (SPEC 8.2)."""
+        return _object(self.request(WORKER, method="GET", stream=False, **options))
+
+    def health(self) -> dict[str, Any]:
+        """Return the platform's counts of jobs and workers."""
+        return run_blocking(self.endpoint.health())
+
+    def status(self, job_id: str) -> dict[str, Any]:
+        """Return a job's state as the platform reports it."""
+        return run_blocking(self.endpoint.status(job_id))
+
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        """Cancel a job."""
+        return run_blocking(self.endpoint.cancel(job_id))
+
+    def purge_queue(self) -> dict[str, Any]:
+        """Remove every job that no worker has taken."""
+        return run_blocking(self.endpoint.purge_queue())
+
+
+class AsyncClient:
+    """`Client` for an event loop; `chat`, `complete` and `request` are awaited unless streamed."""
+
+    def __init__(
+        self,
+        settings: ClientSettings | None = None,
+        *,
+        endpoint_id: str | None = None,
+        api_key: str | None = None,
+        encryption_key: str | None = None,
+        api_base: str | None = None,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        settings = _settings(settings, endpoint_id, api_key, encryption_key, api_base)
+        self._transport = AsyncTransport(settings.api_base, settings.api_key, transport)
+        self._core = _Core(settings, self._transport)
+        self.endpoint = self._core.endpoint
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._transport.close()
+
+    @overload
+    def chat(
+        self, messages: Messages, *, stream: Literal[False] = False, **options: Any
+    ) -> Awaited[Answer]: ...
+    @overload
+    def chat(self, messages: Messages, *, stream: Literal[True], **options: Any) -> AsyncStream: ...
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        system: str | None = None,
+        stream: bool = False,
+        **options: Any,
+    ) -> Awaited[Answer] | AsyncStream:
+        """Answer a conversation; see Client.chat."""
+        pieces = self._core.chat(messages, system, stream, options)
+        return AsyncStream(pieces) if stream else read_answer(pieces)
+
+    @overload
+    def complete(
+        self, prompt: Prompt, *, stream: Literal[False] = False, **options: Any
+    ) -> Awaited[Answer]: ...
+    @overload
+    def complete(self, prompt: Prompt, *, stream: Literal[True], **options: Any) -> AsyncStream: ...
+    def complete(
+        self, prompt: Prompt, *, stream: bool = False, **options: Any
+    ) -> Awaited[Answer] | AsyncStream:
+        """Continue a text; see Client.complete."""
+        pieces = self._core.complete(prompt, stream, options)
+        return AsyncStream(pieces) if stream else read_answer(pieces)
+
+    @overload
+    def request(
+        self, route: str, body: Body = None, *, stream: Literal[True], **options: Any
+    ) -> AsyncRawStream: ...
+    @overload
+    def request(
+        self, route: str, body: Body = None, *, stream: Literal[False], **options: Any
+    ) -> Awaited[Response]: ...
+    @overload
+    def request(
+        self, route: str, body: Body = None, **options: Any
+    ) -> Awaited[Response] | AsyncRawStream: ...
+    def request(
+        self,
+        route: str,
+        body: Body = None,
+        *,
+        method: Method = "POST",
+        stream: bool | None = None,
+        check: bool = True,
+        **options: Any,
+    ) -> Awaited[Response] | AsyncRawStream:
+        """Call an OpenAI or vLLM route; see Client.request."""
+        pieces, streams = self._core.request(route, body, method, stream, options)
+        return AsyncRawStream(pieces, check) if streams else read_response(pieces, check)
+
+    async def worker(self, **options: Any) -> dict[str, Any]:
+        """Return what a worker says of itself; see Client.worker."""
+        return _object(await self.request(WORKER, method="GET", stream=False, **options))
+
+    async def health(self) -> dict[str, Any]:
+        """Return the platform's counts of jobs and workers."""
+        return await self.endpoint.health()
+
+    async def status(self, job_id: str) -> dict[str, Any]:
+        """Return a job's state as the platform reports it."""
+        return await self.endpoint.status(job_id)
+
+    async def cancel(self, job_id: str) -> dict[str, Any]:
+        """Cancel a job."""
+        return await self.endpoint.cancel(job_id)
+
+    async def purge_queue(self) -> dict[str, Any]:
+        """Remove every job that no worker has taken."""
+        return await self.endpoint.purge_queue()
+
+
+if __name__ == "__main__":
+    from commands import main
+
+    raise SystemExit(main())

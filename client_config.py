@@ -1,0 +1,216 @@
+"""The client's settings: one frozen object from the environment and from key files.
+
+Owns names, defaults and checks of the client's settings and the rule that key
+files are readable by their owner alone. `load` is the only reader of the
+environment on the client's side. Knows nothing of what a key looks like inside
+(crypto.py) or of endpoints.
+"""
+
+import ipaddress
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Self
+from urllib.parse import urlsplit
+
+from errors import ConfigError
+
+DEFAULT_API_BASE = "https://api.runpod.ai/v2"
+DEFAULT_TTL_S = 3600
+MAX_KEY_FILE_BYTES = 64 * 1024
+
+_ENDPOINT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class Setting(NamedTuple):
+    """One row of the settings table in the documentation."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+SETTINGS = (
+    Setting("RUNPOD_ENDPOINT_ID", "", "the endpoint to talk to"),
+    Setting("RUNPOD_API_KEY", "", "the platform's API key"),
+    Setting("RUNPOD_API_KEY_FILE", "", "a file of mode 0600 that holds it"),
+    Setting("ENCRYPTION_KEY", "", "the key shared with the worker; of several the first is used"),
+    Setting("ENCRYPTION_KEY_FILE", "", "a file of mode 0600 that holds it"),
+    Setting("RUNPOD_API_BASE", DEFAULT_API_BASE, "the platform's address"),
+    Setting(
+        "CLIENT_TIMEOUT_S", "", "longest time for a whole answer; empty: the platform's limits"
+    ),
+    Setting(
+        "CLIENT_WAIT_S", "", "longest time in the queue; empty: as long as the platform keeps it"
+    ),
+    Setting(
+        "CLIENT_TTL_S",
+        "",
+        f"how long a request is valid, also for the platform; empty: {DEFAULT_TTL_S}, "
+        "for the worker only",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """What a client needs to know; keys are in no repr."""
+
+    endpoint_id: str
+    api_key: str = field(repr=False)
+    encryption_key: str = field(repr=False)
+    """One Fernet key or several, as crypto.KeyRing reads them; empty where none is needed."""
+    api_base: str = DEFAULT_API_BASE
+    timeout_s: float | None = None
+    wait_s: float | None = None
+    ttl_s: int | None = None
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str], *, with_key: bool = True) -> Self:
+        """Read the settings; ConfigError naming every fault at once, no value of a key in it.
+
+        Without `with_key` the encryption key may be missing: health, status and cancel need none.
+        """
+        reader = _Reader(environ)
+        settings = cls(
+            endpoint_id=reader.endpoint_id(),
+            api_key=reader.secret("RUNPOD_API_KEY", required=True),
+            encryption_key=reader.secret("ENCRYPTION_KEY", required=with_key),
+            api_base=reader.api_base(),
+            timeout_s=reader.seconds("CLIENT_TIMEOUT_S"),
+            wait_s=reader.seconds("CLIENT_WAIT_S"),
+            ttl_s=reader.whole_seconds("CLIENT_TTL_S"),
+        )
+        if reader.faults:
+            raise ConfigError(reader.faults)
+        return settings
+
+
+def load(
+    overrides: Mapping[str, str | None] | None = None, *, with_key: bool = True
+) -> ClientSettings:
+    """Read the settings from the process's environment; what `overrides` gives takes its place."""
+    environ = dict(os.environ)
+    for name, value in (overrides or {}).items():
+        if value is None:
+            continue
+        environ[name] = value
+        # A file given by hand wins over a key that happens to be in the environment.
+        if name.endswith("_FILE"):
+            environ.pop(name.removesuffix("_FILE"), None)
+    return ClientSettings.from_environ(environ, with_key=with_key)
+
+
+def read_key_file(path: str) -> str:
+    """Return the text of a key file; ValueError, finishing "the file …", if others can read it."""
+    try:
+        # Checked on the opened file, so that it cannot be exchanged in between.
+        with Path(path).expanduser().open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise ValueError(f"{path} is not a regular file")
+            if mode & 0o077:
+                raise ValueError(
+                    f"{path} can be read by others (mode {stat.S_IMODE(mode):04o}); "
+                    f"run: chmod 600 {path}"
+                )
+            content = file.read(MAX_KEY_FILE_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if len(content) > MAX_KEY_FILE_BYTES:
+        raise ValueError(f"{path} is too large to be a key file")
+    try:
+        text = content.decode("ascii").strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file") from None
+    if not text:
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+class _Reader:
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+        self.faults: list[str] = []
+
+    def _text(self, name: str) -> str:
+        return self._environ.get(name, "").strip()
+
+    def secret(self, name: str, *, required: bool) -> str:
+        value, path = self._text(name), self._text(f"{name}_FILE")
+        if value and path:
+            self.faults.append(f"both {name} and {name}_FILE are set; keep one")
+            return ""
+        if path:
+            try:
+                value = read_key_file(path)
+            except ValueError as error:
+                self.faults.append(f"{name}_FILE: the file {error}")
+                return ""
+        if not value and required:
+            self.faults.append(
+                f"{name} is not set; set it, or {name}_FILE to a file of mode 0600 that holds it"
+            )
+        if name == "RUNPOD_API_KEY" and not (value.isascii() and value.isprintable()):
+            self.faults.append(f"{name} holds characters that no API key has")
+            return ""
+        return value
+
+    def endpoint_id(self) -> str:
+        name = "RUNPOD_ENDPOINT_ID"
+        value = self._text(name)
+        if not value:
+            self.faults.append(f"{name} is not set; it is the id in the endpoint's address")
+        elif not _ENDPOINT_ID.fullmatch(value):
+            self.faults.append(f"{name} holds characters other than A-Z a-z 0-9 - _")
+        return value
+
+    def api_base(self) -> str:
+        name = "RUNPOD_API_BASE"
+        value = self._text(name) or DEFAULT_API_BASE
+        try:
+            url = urlsplit(value)
+            host, _ = url.hostname, url.port
+        except ValueError:
+            host, url = None, urlsplit("")
+        if url.scheme not in ("http", "https") or not host or url.query or url.fragment:
+            self.faults.append(f"{name} is not an address such as {DEFAULT_API_BASE}")
+        elif url.username or url.password:
+            self.faults.append(f"{name} holds a user name or password; remove it")
+        elif url.scheme == "http" and not is_local(host):
+            self.faults.append(
+                f"{name} begins with http://, which would send the API key in the clear; "
+                "use https:// (http:// is for this machine and private networks)"
+            )
+        return value.rstrip("/")
+
+    def seconds(self, name: str) -> float | None:
+        text = self._text(name)
+        if not text:
+            return None
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < 10**9:
+            self.faults.append(f"{name} is not a positive number of seconds")
+            return None
+        return value
+
+    def whole_seconds(self, name: str) -> int | None:
+        value = self.seconds(name)
+        if value is not None and value < 1:
+            self.faults.append(f"{name} is less than one second")
+        return None if value is None else int(value)
+
+
+def is_local(host: str) -> bool:
+    """Return whether a host name is this machine's or one of a private network."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or "." not in host
+    return address.is_loopback or address.is_private

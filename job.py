@@ -1,0 +1,276 @@
+"""One job, from its submission to the authenticated end of its answer.
+
+Owns the polling, the waiting, the reading of the platform's verdicts, the repair
+from /status and the cancelling of what nobody waits for any more (SPEC section 10).
+Knows nothing of what an answer says; `delivery` decides what is believed.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import msgspec
+
+from answers import Progress
+from crypto import AnswerOpener, Key, seal_request
+from delivery import Delivery
+from endpoint import Endpoint
+from errors import (
+    JobCancelled,
+    JobError,
+    JobFailed,
+    JobTimedOut,
+    NoWorker,
+    Rejected,
+    RequestError,
+    TooLarge,
+    Unreachable,
+)
+from frames import AnswerEvent
+from protocol import Request
+
+FIRST_DELAY_S = 0.02
+LONGEST_DELAY_S = 0.25
+HELD_S = 0.5
+"""An empty read that took this long was held by the platform; the next one may follow at once."""
+
+PROGRESS_S = 1.0
+HEALTH_S = 5.0
+
+_OVER = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a job may take, in seconds; None leaves it to the platform."""
+
+    timeout_s: float | None = None
+    """Until the answer is complete."""
+    wait_s: float | None = None
+    """Until a worker takes it."""
+    ttl_s: int | None = None
+    """Until the platform forgets it."""
+    execution_timeout_s: float | None = None
+    """On the worker."""
+
+    def policy(self) -> dict[str, int]:
+        """Return the job's policy in the platform's terms."""
+        policy = {}
+        if self.ttl_s is not None:
+            policy["ttl"] = self.ttl_s * 1000
+        if self.execution_timeout_s is not None:
+            policy["executionTimeout"] = int(self.execution_timeout_s * 1000)
+        return policy
+
+
+class Job:
+    """A request on its way and its answer; submitted by the first `events`."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        request: Request,
+        key: Key,
+        *,
+        streamed: bool,
+        limits: Limits,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.id = ""
+        self.request_id = request.request_id
+        self._endpoint = endpoint
+        self._limits = limits
+        self._on_progress = on_progress
+        try:
+            body: dict[str, Any] = {"input": {"sealed": seal_request(request, key)}}
+        except RequestError as error:
+            raise TooLarge(str(error)) from None
+        if policy := limits.policy():
+            body["policy"] = policy
+        self._body = msgspec.json.encode(body)
+        self._delivery = Delivery(AnswerOpener(request, key), streamed=streamed)
+        self._key_id = key.id
+        self._status = "IN_QUEUE"
+        self._over = False
+        self._delay_s = 0.0
+        self._submitted_s = 0.0
+        self._deadline_s = float("inf")
+        self._reported = ("", 0.0)
+        self._workers: dict[str, int] | None = None
+        self._workers_s = float("-inf")
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will come."""
+        return self._over
+
+    async def submit(self) -> None:
+        """Hand the job to the platform, once."""
+        if self.id or self._over:
+            return
+        self._submitted_s = time.monotonic()
+        if self._limits.timeout_s is not None:
+            self._deadline_s = self._submitted_s + self._limits.timeout_s
+        try:
+            await self._endpoint.transport.whole(self._run())
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _run(self) -> None:
+        self.id = await self._endpoint.run(self._body, self._deadline_s)
+        self._body = b""
+
+    async def events(self) -> list[AnswerEvent]:
+        """Return the next events of the answer, or none when it has ended.
+
+        Any exception, cancellation included, cancels the job.
+        """
+        await self.submit()
+        try:
+            while not self._over:
+                if events := await self._poll():
+                    return events
+        except BaseException:
+            await self.close()
+            raise
+        return []
+
+    async def close(self) -> None:
+        """Cancel the job unless it is over."""
+        if self._over:
+            return
+        self._over = True
+        if self.id:
+            await self._endpoint.transport.whole(self._cancel())
+
+    async def _cancel(self) -> None:
+        # Nobody is left to tell, and the platform ends the job by itself at its limits.
+        with contextlib.suppress(JobError):
+            await self._endpoint.cancel(self.id)
+
+    async def _poll(self) -> list[AnswerEvent]:
+        try:
+            read = await self._endpoint.stream(self.id, self._next_limit_s())
+        except Unreachable:
+            await self._check_limits()
+            raise
+        self._status = read.status
+        chunks = read.chunks
+        events = self._delivery.take(chunks)
+        if self._delivery.ended:
+            self._over = True
+            return events
+        if read.status in _OVER and not chunks:
+            return await self._finish()
+        if chunks:
+            self._delay_s = 0.0
+            return events
+        await self._check_limits()
+        await self._report()
+        if read.elapsed_s >= HELD_S:
+            self._delay_s = 0.0
+        else:
+            self._delay_s = min(LONGEST_DELAY_S, max(FIRST_DELAY_S, 2 * self._delay_s))
+            await self._endpoint.transport.sleep(self._delay_s)
+        return []
+
+    def _next_limit_s(self) -> float:
+        if self._status == "IN_QUEUE" and self._limits.wait_s is not None:
+            return min(self._deadline_s, self._submitted_s + self._limits.wait_s)
+        return self._deadline_s
+
+    async def _check_limits(self) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._deadline_s:
+            raise JobTimedOut(
+                f"no complete answer within {self._limits.timeout_s:g} s (the job was "
+                f"{'still in the queue' if self._status == 'IN_QUEUE' else 'running'}); "
+                "allow more time, or ask for less"
+            )
+        if now_s < self._next_limit_s():
+            return
+        # The read was cut short, so the job may have been taken meanwhile.
+        view = await self._endpoint.status(self.id, now_s + 5)
+        self._status = str(view.get("status"))
+        if self._status == "IN_QUEUE":
+            await self._ask_workers()
+            raise NoWorker(
+                f"no worker took the job within {self._limits.wait_s:g} s"
+                f"{_workers_in_words(self._workers)}; allow a longer wait, or raise the "
+                "endpoint's number of workers"
+            )
+
+    async def _report(self) -> None:
+        if self._on_progress is None:
+            return
+        state = "queued" if self._status == "IN_QUEUE" else "running"
+        now_s = time.monotonic()
+        before, at_s = self._reported
+        if state == before and (state == "running" or now_s - at_s < PROGRESS_S):
+            return
+        if state == "queued":
+            await self._ask_workers()
+        self._reported = (state, now_s)
+        waited_s = time.monotonic() - self._submitted_s
+        self._on_progress(Progress(state, waited_s, self.id, self._workers))
+
+    async def _ask_workers(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._workers_s < HEALTH_S:
+            return
+        self._workers_s = now_s
+        with contextlib.suppress(JobError):
+            workers = (await self._endpoint.health()).get("workers")
+            if isinstance(workers, dict):
+                self._workers = {k: v for k, v in workers.items() if isinstance(v, int)}
+
+    async def _finish(self) -> list[AnswerEvent]:
+        """The platform says that the job is over, but the answer has no end yet."""
+        self._over = True
+        try:
+            view = await self._endpoint.status(self.id, self._deadline_s)
+        except JobError as error:
+            if self._status == "COMPLETED":
+                raise self._delivery.fault() from error
+            view = {}
+        if self._status != "COMPLETED":
+            self._raise_verdict(view)
+        output = view.get("output")
+        chunks = output if isinstance(output, list) else [] if output is None else [output]
+        events = self._delivery.take(chunks)
+        if not self._delivery.ended:
+            raise self._delivery.fault()
+        return events
+
+    def _raise_verdict(self, view: dict[str, Any]) -> NoReturn:
+        said = view.get("error")
+        text = said if isinstance(said, str) else "" if said is None else str(said)
+        match self._status:
+            case "CANCELLED":
+                raise JobCancelled("the job was cancelled on the platform")
+            case "TIMED_OUT":
+                raise JobTimedOut(
+                    "the platform ended the job: it ran or waited longer than allowed; "
+                    "ask for less, or raise the endpoint's execution timeout"
+                )
+            case _ if Rejected.TEXT in text:
+                raise Rejected(
+                    "\nThe worker has another encryption key than this client, or somebody says "
+                    f"so. Check that the worker of endpoint {self._endpoint.id} has the key with "
+                    f"the id {self._key_id} in its ENCRYPTION_KEY, and that RUNPOD_ENDPOINT_ID "
+                    "is the right endpoint."
+                )
+            case _:
+                raise JobFailed(
+                    f"the job failed on the platform: {text[:500] or 'no reason given'}"
+                )
+
+
+def _workers_in_words(workers: dict[str, int] | None) -> str:
+    if not workers:
+        return ""
+    idle, starting = workers.get("idle", 0), workers.get("initializing", 0)
+    return f" (workers: {idle} idle, {workers.get('running', 0)} running, {starting} starting)"
