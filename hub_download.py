@@ -1,0 +1,417 @@
+"""One download of one model from the Hub, in a child process that is watched and can be killed.
+
+Imported, this file is the watcher; run as a script, it is the child, its job on stdin and its
+messages on stdout, one JSON object a line. The Hub library cannot be interrupted from within, has
+calls without a timeout, and takes no interest in whether bytes still arrive.
+
+Decides nothing about retries and words nothing for people: it says what happened.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import queue
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from model_cache import temporaries
+from model_files import human_size, select_files, size_of, weights
+
+# EFBIG is what a limit on file sizes answers with; to the operator it is the same lack of room.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_CHILD_START_S = 60.0
+_PIECE_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a download is believed in.
+
+    `attempts` counts failures in a row; a file that was finished starts the count again.
+    """
+
+    attempts: int = 5
+    backoff_s: float = 1.0
+    stall_s: float = 60.0
+    log_every_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a download ended early.
+
+    `kind` is one of network, busy, stalled, died, incomplete (which may pass) and gated, token,
+    forbidden, refused, repository, revision, entry, weights, room, unwritable, unexpected.
+    `detail` may quote the Hub and needs redaction before it is shown.
+    """
+
+    kind: str
+    detail: str = ""
+    retry_after_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be there at the end: the commit, and the needed files with their sizes."""
+
+    sha: str
+    sizes: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all needed files."""
+        return sum(self.sizes.values())
+
+    def finished_bytes(self, storage: Path) -> int:
+        """Bytes of those needed files that are whole in a repository's folder of the cache."""
+        folder = storage / "snapshots" / self.sha
+        return sum(size for file, size in self.sizes.items() if size_of(folder / file) == size)
+
+
+def download(
+    repo: str,
+    revision: str,
+    file: str | None,
+    *,
+    cache: Path,
+    storage: Path,
+    token: str | None,
+    endpoint: str | None,
+    patience: Patience,
+    log: logging.Logger,
+) -> tuple[Plan | None, Failure | None]:
+    """Try once to make a revision's needed files present below `storage`, its folder in `cache`.
+
+    The plan is None where the failure came before the listing was known. Finished files are kept
+    whatever happens; `patience.stall_s` without a byte ends the attempt.
+    """
+    job = {
+        "repo": repo,
+        "revision": revision,
+        "file": file,
+        "cache_dir": str(cache),
+        "token": token,
+        "endpoint": endpoint,
+    }
+    plan: Plan | None = None
+    failure: Failure | None = None
+    done = False
+    progress = _Progress(repo, storage, patience.log_every_s, log)
+    allowance_s = max(_CHILD_START_S, patience.stall_s)
+    poll_s = min(1.0, patience.stall_s / 4, patience.log_every_s)
+    with tempfile.TemporaryFile() as stderr, _child(stderr) as (child, messages):
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(job), file=child.stdin, flush=True)
+        moved_at, seen = time.monotonic(), (0, 0)
+        while failure is None:
+            try:
+                message = messages.get(timeout=poll_s)
+            except queue.Empty:
+                message = {}
+            if message is None:
+                break
+            now = time.monotonic()
+            if message:
+                moved_at, allowance_s = now, patience.stall_s + message.get("wait_s", 0.0)
+            if "plan" in message:
+                plan = Plan(**message["plan"])
+                progress.begin(plan)
+            if "failure" in message:
+                failure = Failure(**message["failure"])
+            done = done or "done" in message
+            if seen != (seen := progress.measure()):
+                moved_at = now
+            if now - moved_at > allowance_s:
+                failure = Failure("stalled", f"no bytes for {now - moved_at:.0f} s")
+        orphans = open_temporaries(child.pid)
+        if failure is None and not done:
+            failure = Failure("died", _last_words(child, stderr))
+    for orphan in orphans:
+        orphan.unlink(missing_ok=True)
+    if failure is None:
+        progress.end()
+    return plan, failure
+
+
+def _last_words(child: "subprocess.Popen[str]", stderr: IO[bytes]) -> str:
+    code = child.wait()
+    stderr.seek(0)
+    lines = stderr.read()[-2000:].decode(errors="replace").strip().splitlines()
+    return f"exit code {code}: {lines[-1] if lines else 'no message'}"
+
+
+@contextlib.contextmanager
+def _child(
+    stderr: IO[bytes],
+) -> Iterator[tuple["subprocess.Popen[str]", "queue.SimpleQueue[dict[str, Any] | None]"]]:
+    messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+
+    def pump(lines: IO[str]) -> None:
+        try:
+            for line in lines:
+                messages.put(json.loads(line))
+        finally:
+            messages.put(None)
+
+    command = [sys.executable, str(Path(__file__).resolve())]
+    with subprocess.Popen(  # noqa: S603 - this very file
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+    ) as child:
+        reader = threading.Thread(target=pump, args=(child.stdout,), daemon=True)
+        reader.start()
+        try:
+            yield child, messages
+        finally:
+            child.kill()
+            child.wait()
+            reader.join()
+
+
+def open_temporaries(pid: int) -> list[Path]:
+    """Unfinished files that a process holds open (Linux; elsewhere they wait to grow old)."""
+    found = []
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                target = link.readlink()
+                if target.name.endswith(".incomplete"):
+                    found.append(target)
+    return found
+
+
+class _Progress:
+    """Measures a download by its files and tells the log about it, at most every `every_s`."""
+
+    def __init__(self, name: str, storage: Path, every_s: float, log: logging.Logger) -> None:
+        self._name, self._storage, self._every_s, self._log = name, storage, every_s, log
+        self._plan: Plan | None = None
+        self._foreign = set(temporaries(storage))
+        self._had = 0
+        self._began_at = self._told_at = time.monotonic()
+
+    def begin(self, plan: Plan) -> None:
+        self._plan = plan
+        self._had = self._finished()
+        self._began_at = self._told_at = time.monotonic()
+        self._log.info(
+            "%s: downloading %d files, %s, of which %s are here (revision %.7s)",
+            self._name,
+            len(plan.sizes),
+            human_size(plan.total),
+            human_size(self._had),
+            plan.sha,
+        )
+
+    def measure(self) -> tuple[int, int]:
+        """Return the bytes finished and under way, by whatever process; log them when due."""
+        finished = self._finished()
+        under_way = temporaries(self._storage)
+        mine = sum(s.st_size for path, s in under_way.items() if path not in self._foreign)
+        now = time.monotonic()
+        if self._plan is not None and now - self._told_at >= self._every_s:
+            self._told_at = now
+            total = self._plan.total
+            have = min(total, finished + mine)
+            rate = max(0.0, (have - self._had) / (now - self._began_at))
+            left = f"{(total - have) / rate:.0f} s left" if rate > 0 else "waiting for data"
+            self._log.info(
+                "%s: %d %% of %s, %.1f MB/s, %s",
+                self._name,
+                100 * have // max(1, total),
+                human_size(total),
+                rate / 1e6,
+                left,
+            )
+        return finished, sum(s.st_size for s in under_way.values())
+
+    def end(self) -> None:
+        took_s = max(1e-3, time.monotonic() - self._began_at)
+        got = self._finished() - self._had
+        self._log.info(
+            "%s: downloaded %s in %.1f s, %.1f MB/s",
+            self._name,
+            human_size(got),
+            took_s,
+            got / took_s / 1e6,
+        )
+
+    def _finished(self) -> int:
+        if self._plan is None:
+            return 0
+        folder = self._storage / "snapshots" / self._plan.sha
+        return sum(size_of(folder / file) or 0 for file in self._plan.sizes)
+
+
+def _child_main() -> None:
+    job = json.loads(sys.stdin.readline())
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with the messages
+    lock = threading.Lock()
+
+    def say(**message: Any) -> None:
+        with lock, contextlib.suppress(BrokenPipeError):
+            print(json.dumps(message), file=channel, flush=True)
+
+    def end_with_parent() -> None:
+        sys.stdin.read()
+        for orphan in open_temporaries(os.getpid()):
+            orphan.unlink(missing_ok=True)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        _fetch(job, say)
+    except Exception as error:
+        say(failure=_diagnose(error))
+    else:
+        say(done=True)
+    os._exit(0)
+
+
+def _fetch(job: Mapping[str, Any], say: Callable[..., None]) -> None:
+    from huggingface_hub import (
+        HfApi,
+        RepoFile,
+        constants,
+        get_cached_repo_tree,
+        snapshot_download,
+    )
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    # Both are read through the module at each use. Telemetry hides a blocking call to the public
+    # Hub; pieces of 10 MiB, the default, would look like a stall on a slow line.
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    constants.DOWNLOAD_CHUNK_SIZE = _PIECE_BYTES
+    _relay_waits(say)
+    repo, cache_dir, endpoint = job["repo"], job["cache_dir"], job["endpoint"]
+    token = job["token"] or False
+
+    def fetch(revision: str, files: Sequence[str]) -> str:
+        return snapshot_download(
+            repo,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            endpoint=endpoint,
+            allow_patterns=[re.sub(r"([*?[])", r"[\1]", file) for file in files],
+            tqdm_class=_tally(say),
+        )
+
+    say(started=True)
+    # The smallest useful file first: it brings the commit and the listing, and tells at once
+    # whether the files may be read at all.
+    sha = Path(fetch(job["revision"], ["config.json"])).name
+    try:
+        tree = get_cached_repo_tree(repo, revision=sha, cache_dir=cache_dir)
+    except CachedRepoTreeNotFoundError:
+        listing = HfApi(endpoint=endpoint, token=token).list_repo_tree(
+            repo, revision=sha, recursive=True
+        )
+        tree = [entry for entry in listing if isinstance(entry, RepoFile)]
+    all_sizes = {entry.path: entry.size for entry in tree}
+    sizes = {file: all_sizes[file] for file in select_files(all_sizes, job["file"])}
+    if not weights(list(sizes), job["file"]):
+        ggufs = [file for file in all_sizes if file.endswith(".gguf")]
+        hint = f"; choose a GGUF file as {repo}/{ggufs[0]}" if ggufs else ""
+        missing = job["file"] or "weights that the engine reads (.safetensors, .bin or .pt)"
+        say(failure={"kind": "weights", "detail": f"the repository has no {missing}{hint}"})
+        os._exit(0)
+    say(plan={"sha": sha, "sizes": sizes})
+    fetch(sha, list(sizes))
+
+
+def _tally(say: Callable[..., None]) -> Any:
+    """Return a silent progress bar that reports, at most once a second, that bytes moved."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Tally(tqdm):
+        monitor_interval = 0
+        told_at = 0.0
+
+        def display(self, *_: Any, **__: Any) -> bool:
+            return True
+
+        def update(self, n: float | None = 1) -> None:
+            if n and time.monotonic() - Tally.told_at > 1:
+                Tally.told_at = time.monotonic()
+                say(moved=True)
+            super().update(n)
+
+    return Tally
+
+
+def _relay_waits(say: Callable[..., None]) -> None:
+    """Tell the watchdog when the Hub library waits because the Hub asked it to."""
+
+    class Relay(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if wait := re.search(r"Waiting ([\d.]+)s before retry", record.getMessage()):
+                say(wait_s=float(wait.group(1)))
+
+    logging.getLogger("huggingface_hub").addHandler(Relay())
+
+
+def _diagnose(error: BaseException) -> dict[str, Any]:
+    """Say what an exception of huggingface_hub 2.4 means; its cause counts, not its wrapping."""
+    from huggingface_hub import errors as hub
+
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+
+    def verdict(kind: str, cause: BaseException, **more: Any) -> dict[str, Any]:
+        return {"kind": kind, "detail": f"{type(cause).__name__}: {cause}", **more}
+
+    for cause in chain:
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number is None and (told := re.search(r"\(os error (\d+)\)", str(cause))):
+            number = int(told.group(1))  # hf_xet 1.8 keeps the number in its text only
+        if number in _NO_ROOM:
+            return verdict("room", cause)
+        if number in _NOT_WRITABLE:
+            return verdict("unwritable", cause)
+    kinds: list[tuple[type[BaseException], str]] = [
+        (hub.GatedRepoError, "gated"),
+        (hub.RevisionNotFoundError, "revision"),
+        (hub.RepositoryNotFoundError, "repository"),
+        (hub.RemoteEntryNotFoundError, "entry"),
+    ]
+    for cause in chain:
+        for kind_of, kind in kinds:
+            if isinstance(cause, kind_of):
+                return verdict(kind, cause)
+        if isinstance(cause, hub.HfHubHTTPError):
+            status = cause.response.status_code
+            if status in (408, 429) or status >= 500:
+                after = str(cause.response.headers.get("Retry-After", ""))
+                wait_s = min(300.0, float(after)) if after.isdecimal() else 0.0
+                return verdict("busy", cause, retry_after_s=wait_s)
+            return verdict({401: "token", 403: "forbidden"}.get(status, "refused"), cause)
+    # What remains of these is the network's: the HTTP library beneath the Hub's has changed before
+    # (requests, httpx, httpx2), and hf_xet raises plain OSError and RuntimeError.
+    for cause in reversed(chain):
+        if "Consistency check failed" in str(cause):
+            return verdict("incomplete", cause)
+        module = type(cause).__module__.partition(".")[0]
+        if module in ("httpx", "httpx2", "httpcore", "requests") or isinstance(
+            cause, OSError | RuntimeError | hub.XetDownloadError
+        ):
+            return verdict("network", cause)
+    return verdict("unexpected", error)
+
+
+if __name__ == "__main__":
+    _child_main()
