@@ -76,7 +76,7 @@ def b64(data: bytes) -> str:
 def _unb64(text: str, size: int) -> bytes:
     """Decode `b64` of exactly `size` bytes; ValueError for any other spelling."""
     padded = text + "=" * (-len(text) % 4)
-    if not _is_canonical(padded):
+    if text.endswith("=") or not _is_canonical(padded):
         raise ValueError("not canonical base64")
     data = base64.urlsafe_b64decode(padded)
     if len(data) != size:
