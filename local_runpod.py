@@ -16,6 +16,7 @@ import asyncio
 import logging
 import os
 import secrets
+import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -210,15 +211,18 @@ def main(argv: list[str] | None = None) -> int:
 
     async def run() -> int:
         async with platform:
-            print(platform.base_url, flush=True)
-            print(_how_to_reach(platform, arguments.api_key_env, api_key is None), file=sys.stderr)
-            return await Workers(
+            workers = Workers(
                 platform=platform,
                 command=arguments.command,
                 environment=environment,
                 count=arguments.workers,
                 restarts=arguments.restarts,
-            ).run()
+            )
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, workers.stop)
+            print(platform.base_url, flush=True)
+            print(_how_to_reach(platform, arguments.api_key_env, api_key is None), file=sys.stderr)
+            return await workers.run()
 
     return asyncio.run(run())
 

@@ -330,7 +330,7 @@ class Http:
                     self._queue.lose(worker, "silent")
 
     async def _job_stream(self, call: Call) -> Reply:
-        self._worker(call)
+        worker = self._worker(call)
         job = self._job(call)
         if len(call.body) > MAX_CHUNK_BYTES:
             raise Refused(413, f"a stream chunk holds at most {MAX_CHUNK_BYTES} bytes")
@@ -340,6 +340,7 @@ class Http:
         if not any(fault.drop for fault in call.faults):
             self._queue.add_chunk(
                 job,
+                worker,
                 call.body,
                 copies=1 + sum(fault.duplicate for fault in call.faults),
                 hold_back=any(fault.reorder for fault in call.faults),

@@ -264,10 +264,14 @@ class Queue:
         return ids
 
     def add_chunk(
-        self, job: Job, chunk: bytes, *, copies: int = 1, hold_back: bool = False
+        self, job: Job, worker: Worker, chunk: bytes, *, copies: int = 1, hold_back: bool = False
     ) -> None:
         """Append a chunk; `hold_back` lets the next one overtake it."""
         if job.status.final:
+            # The SDK forgets a stop that arrives before it began the job: say it again.
+            if job.status is not Status.COMPLETED and job.id not in worker.to_stop:
+                worker.to_stop.append(job.id)
+                worker.stop_changed.ring()
             return
         if job.first_chunk_s is None:
             job.first_chunk_s = time.monotonic()

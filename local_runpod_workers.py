@@ -37,9 +37,8 @@ class Workers:
     """`count` processes of one command that serve the platform.
 
     One that fails is started again up to `restarts` times, after `restart_delay_s`,
-    then twice that, and so on; one that ends with 0 is not. On SIGTERM or SIGINT all
-    are drained, get SIGTERM and `grace_s` to finish their jobs; a second signal
-    ends them at once.
+    then twice that, and so on; one that ends with 0 is not. `stop` drains all of them
+    and sends SIGTERM; they have `grace_s` to finish their jobs.
     """
 
     platform: Platform
@@ -53,26 +52,19 @@ class Workers:
     _hurry: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     async def run(self) -> int:
-        """Run until a signal or the workers' own end; return 0 or a failed one's exit code.
+        """Run until `stop` or the workers' own end; return 0 or a failed one's exit code.
 
-        Without a command it waits for the signal alone, for workers started elsewhere.
+        Without a command it waits for `stop` alone, for workers started elsewhere.
         """
-        loop = asyncio.get_running_loop()
-        signals = (signal.SIGTERM, signal.SIGINT)
-        for number in signals:
-            loop.add_signal_handler(number, self._on_signal)
-        try:
-            if not self.command:
-                await self._stop.wait()
-                return 0
-            names = [f"pod-{n}" for n in range(1, self.count + 1)]
-            codes = await asyncio.gather(*map(self._keep_running, names))
-            return next((code for code in codes if code), 0)
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
+        if not self.command:
+            await self._stop.wait()
+            return 0
+        names = [f"pod-{n}" for n in range(1, self.count + 1)]
+        codes = await asyncio.gather(*map(self._keep_running, names))
+        return next((code for code in codes if code), 0)
 
-    def _on_signal(self) -> None:
+    def stop(self) -> None:
+        """Let the workers finish their jobs and end; at the second call, end them at once."""
         (self._hurry if self._stop.is_set() else self._stop).set()
 
     async def _keep_running(self, name: str) -> int:
