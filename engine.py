@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
+import vllm
 from jinja2 import TemplateError
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -34,7 +35,7 @@ from engine_options import serve_args
 from engine_sampling import choice_details, prompt_logprobs, sampling_params
 from engine_tracking import TrackedCall, TrackedLLM, current_call
 from errors import ConfigError, EngineDead, RequestError
-from frames import AnswerEvent, Body, Event, Head, Sse, Text
+from frames import AnswerEvent, Body, End, Event, Head, Sse, Text
 from protocol import GENERATE, Call, GenerateBody, parse_generate
 
 log = logging.getLogger("worker.engine")
@@ -70,6 +71,10 @@ ROUTES = {
 """vLLM's routes that a request may reach; its application has others that are not for clients."""
 
 
+Batch = tuple[list[AnswerEvent], bool]
+"""Events, and whether they are the last."""
+
+
 class Run:
     """One call on its way through the engine: iterate `batches()`, then `aclose()`.
 
@@ -85,7 +90,7 @@ class Run:
         self.usage = tracked.usage
 
     async def batches(self) -> AsyncIterator[list[AnswerEvent]]:
-        """Yield what the engine has produced since the last time.
+        """Yield what the engine has produced since the last time; the last batch ends with End.
 
         Raises RequestError, EngineDead among them; whatever vLLM raises is mapped here.
         """
@@ -93,12 +98,14 @@ class Run:
         produce = self._generate if self._call.route == GENERATE else self._serve
         try:
             async with contextlib.aclosing(produce()) as batches:
-                async for batch in batches:
+                async for batch, last in batches:
+                    if self._engine.dead:  # vLLM's routes end a stream as if nothing had happened
+                        raise EngineDead
+                    if last:
+                        batch.append(End(self.usage.tokens(), self.usage.timings()))
                     yield batch
         except Exception as error:
             raise self._engine.request_error(error) from None
-        if self._engine.dead:
-            raise EngineDead
 
     async def aclose(self) -> None:
         """Stop whatever of the call still runs; harmless when nothing does."""
@@ -107,7 +114,7 @@ class Run:
         if self._asgi is not None:
             await self._asgi.aclose()
 
-    async def _serve(self) -> AsyncGenerator[list[AnswerEvent], None]:
+    async def _serve(self) -> AsyncGenerator[Batch, None]:
         """Answer by vLLM's own route."""
         call = self._call
         if call.route not in self._engine.routes:
@@ -134,10 +141,10 @@ class Run:
                         batch.append(Sse(rest))
                 else:
                     batch += [Body(piece) for piece in pieces]
-                yield batch
+                yield batch, last
                 batch = []
 
-    async def _generate(self) -> AsyncGenerator[list[AnswerEvent], None]:
+    async def _generate(self) -> AsyncGenerator[Batch, None]:
         """Answer the `generate` route: text deltas straight from the engine."""
         engine = self._engine
         body = parse_generate(self._call.body)
@@ -147,11 +154,8 @@ class Run:
             self._call = chat_call(body, engine.served_model_names[0])
             reader = ChatReader()
             async with contextlib.aclosing(self._serve()) as batches:
-                async for batch in batches:
-                    if read := list(reader.read(batch)):
-                        yield read
-            for event in reader.finish():
-                yield [event]
+                async for batch, last in batches:
+                    yield [*reader.read(batch), *(reader.finish() if last else ())], last
             return
         events: list[AnswerEvent] = [Head(200, "generate", "")]
         outputs = engine.llm.generate(
@@ -165,7 +169,7 @@ class Run:
                     if choice.text:
                         events.append(Text(choice.index, choice.text))
                     events += choice_details(choice, engine.tokenizer)
-                yield events
+                yield events, output.finished
                 events = []
 
 
@@ -235,6 +239,20 @@ class Engine:
     @property
     def tokenizer(self) -> Any:
         return self.llm.tokenizer
+
+    def about(self) -> dict[str, Any]:
+        """Return what the `worker` route tells of the engine (SPEC section 8.2)."""
+        return {
+            "vllm": vllm.__version__,
+            "models": [
+                *self.served_model_names,
+                *self.app.state.openai_serving_models.lora_requests,
+            ],
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_concurrency,
+            "tasks": list(self.tasks),
+            "routes": list(self.routes),
+        }
 
     async def start(self) -> None:
         """Build vLLM's application inside the running loop and answer one token as proof."""

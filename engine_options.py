@@ -98,6 +98,16 @@ class EngineOptions:
             raise ValueError(_plain(str(error))) from None
         return words
 
+    def faults(self, options: Mapping[str, str]) -> list[str]:
+        """Return a sentence for each option that is wrong."""
+        faults = []
+        for name, text in options.items():
+            try:
+                self.argv(name, text)
+            except ValueError as error:
+                faults.append(f"{name} {error}")
+        return faults
+
 
 def _words(action: argparse.Action, text: str) -> list[str]:
     flag = next(option for option in action.option_strings if option.startswith("--"))
@@ -133,14 +143,9 @@ def serve_args(
 ) -> argparse.Namespace:
     """Return vLLM's parsed arguments; ConfigError names every option that is wrong."""
     typed = EngineOptions()
-    faults, argv = [], []
-    for name, text in options.items():
-        try:
-            argv += typed.argv(name, text)
-        except ValueError as error:
-            faults.append(f"{name} {error}")
-    if faults:
+    if faults := typed.faults(options):
         raise ConfigError(faults)
+    argv = [word for name, text in options.items() for word in typed.argv(name, text)]
     argv += [f"--model={model}", "--served-model-name", *served_model_names]
     argv += [f"--gpu-memory-utilization={gpu_memory_utilization}"]
     if "DISABLE_LOG_STATS" not in options:

@@ -1,0 +1,292 @@
+"""The worker's settings: one frozen object, read from the environment once.
+
+Owns names, defaults and checks of the worker's own settings, and what has to
+stand in the environment before vLLM, the Hub's library and the SDK are
+imported. What vLLM's engine arguments mean is engine_options.py's business;
+here they are names and text. The client's settings are in client_config.py.
+"""
+
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+VOLUME = Path("/runpod-volume")
+"""Where RunPod mounts a network volume."""
+
+DEFAULT_GPU_MEMORY_UTILIZATION = 0.95
+DEFAULT_MAX_TTL_S = 24 * 3600
+DEFAULT_CLOCK_SKEW_S = 60
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the worker was told; secrets are in no repr."""
+
+    models: tuple[str, ...] = ()
+    encryption_key: str = field(default="", repr=False)
+    hf_token: str | None = field(default=None, repr=False)
+    hf_home: Path = Path()
+    hf_endpoint: str | None = None
+    offline: bool = False
+    model_path: Path | None = None
+    served_model_name: tuple[str, ...] = ()
+    gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION
+    max_concurrency: int | None = None
+    allow_plaintext: bool = False
+    max_ttl_s: int = DEFAULT_MAX_TTL_S
+    clock_skew_s: int = DEFAULT_CLOCK_SKEW_S
+    stream_interval_ms: int = 0
+    endpoint_id: str = ""
+    engine_options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def hub_cache(self) -> Path:
+        """The Hub's cache, below `hf_home`."""
+        return self.hf_home / "hub"
+
+
+def _text(text: str) -> str:
+    return text
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def _flag(text: str) -> bool:
+    match text.lower():
+        case "true" | "1" | "yes" | "on":
+            return True
+        case "false" | "0" | "no" | "off":
+            return False
+    raise ValueError("is neither true nor false")
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError("is not a whole number") from None
+        if not low <= value <= high:
+            raise ValueError(f"is not between {low} and {high}")
+        return value
+
+    return parse
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError("is not a number") from None
+    if not 0 < value <= 1:
+        raise ValueError("is not above 0 and at most 1")
+    return value
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of the worker; the documentation's table is made of these."""
+
+    name: str
+    attribute: str
+    parse: Callable[[str], Any]
+    default: str
+    meaning: str
+
+
+SETTINGS = (
+    Setting(
+        "MODELS",
+        "models",
+        _list,
+        "required",
+        "Hugging Face ids (`org/name`, `org/name@revision`) or folders, separated by commas; "
+        "the first is served",
+    ),
+    Setting(
+        "ENCRYPTION_KEY",
+        "encryption_key",
+        _text,
+        "required",
+        "the key shared with your clients (`client.py keygen`); several as `name=key,name=key`",
+    ),
+    Setting("HF_TOKEN", "hf_token", _text, "none", "for gated or private models"),
+    Setting(
+        "HF_HOME",
+        "hf_home",
+        Path,
+        "`/runpod-volume/huggingface-cache` with a volume, else `~/.cache/huggingface`",
+        "where models are kept",
+    ),
+    Setting("HF_ENDPOINT", "hf_endpoint", _text, "the Hub", "another address of the Hub"),
+    Setting("HF_HUB_OFFLINE", "offline", _flag, "false", "use what is on disk, never the network"),
+    Setting(
+        "MODEL_PATH",
+        "model_path",
+        Path,
+        "none",
+        "a folder that holds the model; `MODELS` then only names it",
+    ),
+    Setting(
+        "SERVED_MODEL_NAME",
+        "served_model_name",
+        _list,
+        "the id in `MODELS`",
+        "what requests call the model; several names separated by commas",
+    ),
+    Setting(
+        "GPU_MEMORY_UTILIZATION",
+        "gpu_memory_utilization",
+        _fraction,
+        str(DEFAULT_GPU_MEMORY_UTILIZATION),
+        "share of the GPU's memory that vLLM takes; on a CPU `KV_CACHE_MEMORY_BYTES` counts",
+    ),
+    Setting(
+        "MAX_CONCURRENCY",
+        "max_concurrency",
+        _integer(1, 4096),
+        "the engine's `MAX_NUM_SEQS`",
+        "jobs taken at once",
+    ),
+    Setting(
+        "ALLOW_PLAINTEXT",
+        "allow_plaintext",
+        _flag,
+        "false",
+        "also serve unencrypted jobs in the official worker's forms",
+    ),
+    Setting(
+        "MAX_TTL_S",
+        "max_ttl_s",
+        _integer(1, 30 * 24 * 3600),
+        str(DEFAULT_MAX_TTL_S),
+        "longest life of a request, in seconds",
+    ),
+    Setting(
+        "CLOCK_SKEW_S",
+        "clock_skew_s",
+        _integer(0, 3600),
+        str(DEFAULT_CLOCK_SKEW_S),
+        "how far a client's clock may be off, in seconds",
+    ),
+    Setting(
+        "STREAM_INTERVAL_MS",
+        "stream_interval_ms",
+        _integer(0, 60_000),
+        "0",
+        "paced mode: one chunk of constant size every so many milliseconds; 0 is off",
+    ),
+    Setting(
+        "RUNPOD_ENDPOINT_ID",
+        "endpoint_id",
+        _text,
+        "set by RunPod",
+        "the endpoint that requests must be meant for",
+    ),
+)
+
+# Names of the official worker that people bring along.
+_FOREIGN = {
+    "MODEL_NAME": "MODELS",
+    "MODEL": "MODELS",
+    "OPENAI_SERVED_MODEL_NAME_OVERRIDE": "SERVED_MODEL_NAME",
+    "HUGGING_FACE_HUB_TOKEN": "HF_TOKEN",
+}
+
+
+def read(
+    environ: Mapping[str, str],
+    option_names: Iterable[str],
+    volume: Path = VOLUME,
+) -> tuple[Settings, list[str]]:
+    """Return the settings, and a sentence for each fault in them; faulty ones have their default.
+
+    `option_names` are vLLM's engine arguments in upper case; those that are set become
+    `engine_options`, checked elsewhere. No value is ever quoted.
+    """
+    options = frozenset(option_names) - {setting.name for setting in SETTINGS}
+    values: dict[str, Any] = {}
+    faults: list[str] = []
+    for setting in SETTINGS:
+        text = environ.get(setting.name, "").strip()
+        if not text:
+            continue
+        try:
+            values[setting.attribute] = setting.parse(text)
+        except ValueError as error:
+            faults.append(f"{setting.name} {error}")
+    values.setdefault("hf_home", default_hf_home(environ, volume))
+    values["engine_options"] = {
+        name: environ[name].strip() for name in sorted(options) if environ.get(name, "").strip()
+    }
+    settings = Settings(**values)
+    if not settings.models:
+        faults.append("MODELS is not set: name a model of the Hub, such as org/name, or a folder")
+    if not settings.encryption_key:
+        faults.append(
+            "ENCRYPTION_KEY is not set: make one with `client.py keygen`, the client needs the same"
+        )
+    if not settings.endpoint_id:
+        faults.append("RUNPOD_ENDPOINT_ID is not set: RunPod and local_runpod.py set it")
+    return settings, faults + _misspelt(environ, options)
+
+
+def default_hf_home(environ: Mapping[str, str], volume: Path = VOLUME) -> Path:
+    """Return the cache on the network volume where one is attached, else the user's own."""
+    if volume.is_dir():
+        return volume / "huggingface-cache"
+    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+
+
+def _misspelt(environ: Mapping[str, str], options: frozenset[str]) -> list[str]:
+    known = sorted(options | {setting.name for setting in SETTINGS})
+    faults = []
+    for name in sorted(environ.keys() - set(known)):
+        if name in _FOREIGN:
+            faults.append(f"{name} is not a setting of this worker: use {_FOREIGN[name]}")
+        elif len(name) > 5 and not name.startswith(("VLLM_", "RUNPOD_", "HF_HUB_", "CLIENT_")):
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.88)
+            if close:
+                faults.append(f"{name} is not a setting: did you mean {close[0]}?")
+    return faults
+
+
+def take_secrets(environ: MutableMapping[str, str]) -> dict[str, str]:
+    """Return a copy of the environment and remove the secrets from it, for the sake of children."""
+    copy = dict(environ)
+    for name in ("ENCRYPTION_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        environ.pop(name, None)
+    return copy
+
+
+def prepare_libraries(environ: MutableMapping[str, str], logging_config: Path) -> None:
+    """Set what vLLM and the SDK read when they are imported; call before either is.
+
+    Levels below INFO are raised: at DEBUG vLLM writes prompts. `VLLM_NO_USAGE_STATS`
+    must be exactly 1.
+    """
+    environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
+    if environ.get("VLLM_LOGGING_LEVEL", "INFO").upper() in ("DEBUG", "NOTSET"):
+        environ["VLLM_LOGGING_LEVEL"] = "INFO"
+    environ["VLLM_LOGGING_CONFIG_PATH"] = str(logging_config)
+    environ["VLLM_NO_USAGE_STATS"] = "1"
+    environ["VLLM_DO_NOT_TRACK"] = "1"
+    environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    environ.pop("VLLM_API_KEY", None)  # would put a second lock on vLLM's application
+    environ.pop("VLLM_SERVER_DEV_MODE", None)  # would add its development routes
+
+
+def prepare_hub(environ: MutableMapping[str, str], settings: Settings) -> None:
+    """Point the Hub's library of every process at the model cache."""
+    environ["HF_HOME"] = str(settings.hf_home)
+    environ["HF_HUB_CACHE"] = str(settings.hub_cache)
+
+
+def environment() -> MutableMapping[str, str]:
+    """Return the process's environment."""
+    return os.environ

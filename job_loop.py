@@ -1,0 +1,107 @@
+"""The SDK's job loop with what a worker that owns an engine needs of it.
+
+`runpod` 1.12 has no hook that runs inside its event loop before the first job,
+looks for taken jobs ten times a second, and loses a job that arrives after
+SIGTERM. `JobLoop` is its `JobScaler` with these three mended; taking, posting,
+cancelling and pinging stay the SDK's. Knows nothing of engines or of encryption.
+"""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import runpod
+from runpod.http_client import AsyncClientSession
+from runpod.serverless.modules import rp_scale
+
+TAKE_GRACE_S = 2.0
+"""After SIGTERM: how long the poll for jobs may still deliver one, before it is given up."""
+
+FAILURE_GRACE_S = 5.0
+"""After a failure: how long running jobs may take to tell their clients."""
+
+HEALTH_INTERVAL_S = 0.25
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What the loop runs: `lifespan` surrounds all jobs inside the loop, `failed` ends it."""
+
+    handler: Callable[[dict[str, Any]], AsyncIterator[Any]]
+    lifespan: Callable[[], AbstractAsyncContextManager[None]]
+    failed: Callable[[], bool]
+    max_concurrency: int
+
+
+def run(worker: Worker) -> bool:
+    """Serve jobs by the real SDK until SIGTERM or failure; return whether it was a failure."""
+    loops: list[JobLoop] = []
+
+    def job_scaler(config: dict[str, Any]) -> JobLoop:
+        loops.append(JobLoop(config, worker))
+        return loops[-1]
+
+    rp_scale.JobScaler = job_scaler
+    runpod.serverless.start({"handler": worker.handler, "return_aggregate_stream": True})
+    return any(loop.failed for loop in loops)
+
+
+class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
+    """`JobScaler` of runpod 1.12.0."""
+
+    def __init__(self, config: dict[str, Any], worker: Worker) -> None:
+        super().__init__(config)
+        self._worker = worker
+        self._takes_no_more = asyncio.Event()
+        self.failed = False
+        # A changed concurrency makes the SDK wait until the worker is idle: set it once.
+        self.current_concurrency = worker.max_concurrency
+        self.concurrency_modifier = lambda _: self.current_concurrency
+        self.jobs_queue: asyncio.Queue[Any] = asyncio.Queue(maxsize=self.current_concurrency)
+
+    async def run(self) -> None:
+        """Take and run jobs inside the worker's lifespan until it is told to stop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.kill_worker)
+        async with self._worker.lifespan(), AsyncClientSession() as session:
+            take = asyncio.create_task(self.get_jobs(session))
+            stop = asyncio.create_task(self.monitor_stop_signals(session))
+            jobs = asyncio.create_task(self.run_jobs(session))
+            watch = asyncio.create_task(self._watch())
+            await self._shutdown_event.wait()
+            if not self.failed:
+                await asyncio.wait([take], timeout=TAKE_GRACE_S)
+            take.cancel()
+            await asyncio.wait([take])
+            self._takes_no_more.set()
+            await asyncio.wait([jobs], timeout=FAILURE_GRACE_S if self.failed else None)
+            for task in (jobs, stop, watch):
+                task.cancel()
+            await asyncio.gather(jobs, stop, watch, return_exceptions=True)
+
+    async def run_jobs(self, session: Any) -> None:
+        """Start every job the moment it is taken, until none can come, and wait for all."""
+        running: set[asyncio.Task[None]] = set()
+        no_more = asyncio.create_task(self._takes_no_more.wait())
+        while not (no_more.done() and self.jobs_queue.empty()):
+            taken = asyncio.create_task(self.jobs_queue.get())
+            await asyncio.wait([taken, no_more], return_when=asyncio.FIRST_COMPLETED)
+            if not taken.done():
+                taken.cancel()
+                continue
+            job = taken.result()
+            task = asyncio.create_task(self.handle_job(session, job))
+            self.jobs_tasks[job["id"]] = task
+            running.add(task)
+            task.add_done_callback(running.discard)
+        await asyncio.gather(*running, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        while not self._worker.failed():
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+        self.failed = True
+        self.kill_worker()

@@ -1,0 +1,102 @@
+"""Keeps prompts and answers out of logs, tracebacks and core dumps of this process and vLLM's.
+
+Owns the filter that every log record of vLLM passes (`vllm_logging.json` names it,
+so vLLM's child processes install it too) and the hooks for uncaught exceptions.
+A record may say where something happened and of what type it was, never with what text.
+"""
+
+import contextlib
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import traceback
+from ctypes import CDLL
+from types import TracebackType
+from typing import Any
+
+# Modules of vLLM that handle what people write; the text of their records is not for logs.
+_HANDLES_CONTENT = (
+    "vllm.entrypoints",
+    "vllm.inputs",
+    "vllm.logging_utils.dump_input",
+    "vllm.multimodal",
+    "vllm.parser",
+    "vllm.reasoning",
+    "vllm.renderers",
+    "vllm.sampling_params",
+    "vllm.tokenizers",
+    "vllm.tool_parsers",
+    "vllm.v1.engine.detokenizer",
+    "vllm.v1.engine.input_processor",
+    "vllm.v1.structured_output",
+)
+
+_PR_SET_PDEATHSIG = 1
+
+
+class ContentFilter(logging.Filter):
+    """Lets through what cannot hold content; of the rest, place and type only."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.INFO:
+            return False
+        if record.name.startswith(_HANDLES_CONTENT):
+            if record.levelno < logging.WARNING:
+                return False
+            record.msg, record.args = "(text withheld)", None
+        elif isinstance(record.args, tuple):
+            record.args = tuple(map(_harmless, record.args))
+        # Before the first request an exception says why the engine does not start.
+        if record.exc_info and "failed to start" not in str(record.msg):
+            kind, _, trace = record.exc_info
+            record.msg = f"{record.msg} [{describe(kind, trace)}]"
+            record.exc_info = record.exc_text = None
+        return True
+
+
+def _harmless(value: object) -> object:
+    return type(value).__name__ if isinstance(value, BaseException) else value
+
+
+def describe(kind: type[BaseException] | None, trace: TracebackType | None) -> str:
+    """Return an exception's type and the places it came through, without its message."""
+    places = [
+        f"{os.path.basename(frame.filename)}:{frame.lineno}"
+        for frame in traceback.extract_tb(trace)
+    ]
+    return f"{kind.__name__ if kind else 'exception'} at {' > '.join(places) or '?'}"
+
+
+def install() -> None:
+    """Guard this process: hooks, root logger, core dumps; children die with it."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(ContentFilter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    for noisy in ("httpx", "httpcore", "urllib3", "aiohttp.access"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    guard_exceptions()
+    # A worker that is killed must not leave a child that goes on telling the platform it lives.
+    os.register_at_fork(after_in_child=_die_with_parent)
+
+
+def guard_exceptions() -> None:
+    """Replace every hook that would print an uncaught exception's message."""
+
+    def report(kind: type[BaseException] | None, trace: TracebackType | None) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"uncaught {describe(kind, trace)}\n")
+
+    sys.excepthook = lambda kind, _, trace: report(kind, trace)
+    sys.unraisablehook = lambda info: report(info.exc_type, info.exc_traceback)
+    threading.excepthook = lambda info: report(info.exc_type, info.exc_traceback)
+
+
+def _die_with_parent() -> None:
+    libc: Any = CDLL(None)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

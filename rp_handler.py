@@ -1,0 +1,384 @@
+"""The worker: boot (settings, model, engine, job loop) and the handler.
+
+    job → its input's form → opened → engine → events → sealed → yielded
+
+Owns that order, the one place where errors become chunks, and the log line of
+each job. What runs in vLLM's child processes imports this file too, so vllm,
+torch and runpod are imported in `main` only.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+import config
+import log_guard
+import utils
+from config import Settings
+from crypto import KeyRing, ReplayGuard, RequestOpener, open_simple
+from errors import ConfigError, EngineDead, ModelError, Rejected, RequestError
+from frames import AnswerEvent, Body, End, Head
+from pacing import paced
+from protocol import (
+    CELL_BYTES,
+    GENERATE,
+    WORKER,
+    Call,
+    PlaintextInput,
+    SealedInput,
+    SimpleInput,
+    parse_job_input,
+)
+from replies import PlaintextReply, Reply, SealedReply, SimpleReply
+
+if TYPE_CHECKING:
+    from engine import Engine, Run
+
+VERSION = "0.1.0"
+
+CELL_PAYLOAD_BYTES = CELL_BYTES - 9
+"""Payload of the smallest chunk: its header takes 9 bytes (SPEC section 5)."""
+
+log = logging.getLogger("worker")
+
+
+@dataclass
+class _Job:
+    """One job's state, from being taken to its log line."""
+
+    id: str
+    key: str = "-"
+    route: str = "-"
+    outcome: str = "cancelled"
+    started: float = field(default_factory=time.perf_counter)
+    run: "Run | None" = None
+    release: Callable[[], None] = lambda: None
+    """Gives the request id back if the answer does not reach its end."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An opened request."""
+
+    call: Call
+    reply: Reply
+    key_name: str
+    replay_id: str | None = None
+    expires_at: int = 0
+
+
+class Handler:
+    """Answers jobs; `handle` is what the SDK calls for each."""
+
+    def __init__(self, settings: Settings, keys: KeyRing, engine: "Engine") -> None:
+        self._settings = settings
+        self._keys = keys
+        self._engine = engine
+        self._opener = RequestOpener(
+            keys,
+            settings.endpoint_id,
+            max_ttl_s=settings.max_ttl_s,
+            clock_skew_s=settings.clock_skew_s,
+        )
+        self._guard = ReplayGuard(clock_skew_s=settings.clock_skew_s)
+        # Clients must not be able to guess another one's salt.
+        self._salt = os.urandom(16).hex()
+        self._closing: set[asyncio.Task[None]] = set()
+        self.max_concurrency = settings.max_concurrency or engine.max_concurrency
+
+    async def handle(self, job: Mapping[str, Any]) -> AsyncIterator[Any]:
+        """Yield the chunks of the answer to `job`; no exception and no plaintext leaves here."""
+        state = _Job(str(job.get("id", "-")))
+        task = asyncio.current_task()
+        assert task is not None
+        # A stop during a POST leaves this generator suspended; the task's end does not wait for it.
+        task.add_done_callback(lambda _: self._end(state))
+        try:
+            asked = self._open(job.get("input"), state)
+        except Rejected:
+            state.outcome = "rejected"
+            yield {"error": Rejected.TEXT}
+            return
+        except _Refused as refused:
+            state.outcome = f"error:{refused.error.code}"
+            for chunk in refused.reply.render([_failed(refused.error)]):
+                yield chunk
+            return
+        async for chunk in self._answer(asked, state):
+            yield chunk
+        if asked.replay_id is not None:
+            self._guard.finish(asked.replay_id)
+        state.release = lambda: None
+
+    # --- opening ---
+
+    def _open(self, job_input: Any, state: _Job) -> _Asked:
+        """Return what is asked; Rejected before the sender is known, _Refused after."""
+        try:
+            parsed = parse_job_input(job_input)
+        except RequestError as error:
+            if not self._settings.allow_plaintext:
+                raise Rejected from None
+            raise _Refused(error, _PlainError()) from None
+        match parsed:
+            case SealedInput(sealed):
+                opened = self._opener.open(sealed)
+                asked = _Asked(
+                    opened.request.call,
+                    SealedReply(opened.request, opened.key),
+                    opened.key.id,
+                    opened.replay_id,
+                    opened.request.expires_at,
+                )
+            case SimpleInput(encrypted_input):
+                simple = open_simple(
+                    self._keys,
+                    encrypted_input,
+                    max_ttl_s=self._settings.max_ttl_s,
+                    clock_skew_s=self._settings.clock_skew_s,
+                )
+                asked = _Asked(
+                    Call(GENERATE, "POST", simple.body),
+                    SimpleReply(simple.key),
+                    simple.key.id,
+                    simple.replay_id,
+                    simple.expires_at,
+                )
+            case PlaintextInput(call):
+                if not self._settings.allow_plaintext:
+                    raise Rejected
+                asked = _Asked(call, PlaintextReply(parsed), "plaintext")
+        state.key = asked.key_name
+        state.route = asked.call.route if self._known(asked.call.route) else "unknown"
+        try:
+            if isinstance(parsed, SealedInput):
+                self._opener.check(opened.request)
+            if asked.replay_id is not None:
+                self._guard.begin(asked.replay_id, asked.expires_at)
+                replay_id = asked.replay_id
+                state.release = lambda: self._guard.abandon(replay_id)
+        except RequestError as error:
+            raise _Refused(error, asked.reply) from None
+        return asked
+
+    def _known(self, route: str) -> bool:
+        return route in (GENERATE, WORKER) or route in self._engine.routes
+
+    # --- answering ---
+
+    async def _answer(self, asked: _Asked, state: _Job) -> AsyncIterator[Any]:
+        reply = asked.reply
+        batches = self._events(asked, state)
+        if self._settings.stream_interval_ms and isinstance(reply, SealedReply):
+            chunks: AsyncIterator[Any] = paced(
+                ((reply.payload(batch), isinstance(batch[-1], End)) async for batch in batches),
+                reply.seal,
+                self._settings.stream_interval_ms / 1000,
+                CELL_PAYLOAD_BYTES,
+            )
+        else:
+            chunks = (chunk async for batch in batches for chunk in reply.render(batch))
+        async for chunk in chunks:
+            yield chunk
+
+    async def _events(self, asked: _Asked, state: _Job) -> AsyncIterator[list[AnswerEvent]]:
+        """Yield the events of the answer; whatever goes wrong becomes its End."""
+        try:
+            if asked.call.route == WORKER:
+                yield self._worker(asked.call)
+                state.outcome = "done"
+                return
+            state.run = self._engine.run(asked.call, f"{self._salt}:{asked.key_name}")
+            async for batch in state.run.batches():
+                yield batch
+            state.outcome = "done"
+        except RequestError as error:
+            state.outcome = f"error:{error.code}"
+            yield [_failed(error, state.run)]
+        except Exception as error:
+            # Its message may quote the request: only its type and place are told.
+            log.error("job %s: %s", state.id, log_guard.describe(type(error), error.__traceback__))
+            state.outcome = "error:internal"
+            failure = RequestError("the worker failed", status=500, type="InternalServerError")
+            yield [_failed(failure, state.run)]
+
+    def _worker(self, call: Call) -> list[AnswerEvent]:
+        """Answer the `worker` route (SPEC section 8.2)."""
+        if call.method != "GET":
+            raise RequestError("worker takes GET", status=405)
+        about = {"worker": VERSION, "protocol": 1, "time": time.time(), **self._engine.about()}
+        body = json.dumps(about).encode()
+        return [Head(200, "body", "application/json"), Body(body), End(None, {})]
+
+    # --- ending ---
+
+    def _end(self, state: _Job) -> None:
+        """Log the job, and stop what of it still runs in the engine."""
+        state.release()
+        run = state.run
+        usage = run.usage if run else None
+        tokens = (usage.tokens() if usage else None) or {}
+        times = usage.timings() if usage else {}
+        log.info(
+            "job=%s key=%s route=%s prompt_tokens=%s completion_tokens=%s queue_ms=%s "
+            "first_token_ms=%s total_ms=%.1f outcome=%s",
+            state.id,
+            state.key,
+            state.route,
+            tokens.get("prompt_tokens", 0),
+            tokens.get("completion_tokens", 0),
+            times.get("queue_ms"),
+            times.get("first_token_ms"),
+            1000 * (time.perf_counter() - state.started),
+            state.outcome,
+        )
+        if run is not None:
+            closing = asyncio.ensure_future(run.aclose())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    async def drain(self) -> None:
+        """Wait until every ended job has left the engine."""
+        while self._closing:
+            await asyncio.wait(self._closing)
+
+
+class _Refused(Exception):
+    """An authenticated request that is answered with an error before it reaches the engine."""
+
+    def __init__(self, error: RequestError, reply: Reply) -> None:
+        super().__init__()
+        self.error = error
+        self.reply = reply
+
+
+class _PlainError:
+    """The reply to plaintext that has no known form."""
+
+    def render(self, events: Iterable[AnswerEvent]) -> list[Any]:
+        return [
+            {"error": json.dumps({"error": event.error})}
+            for event in events
+            if isinstance(event, End)
+        ]
+
+
+def _failed(error: RequestError, run: "Run | None" = None) -> End:
+    usage = run.usage if run else None
+    return End(
+        usage.tokens() if usage else None,
+        dict(usage.timings()) if usage else {},
+        {**error.body()["error"], "status": error.status},
+    )
+
+
+# --- boot -----------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """Run the worker until it is told to stop; return its exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    environ = config.environment()
+    here = Path(__file__).resolve().parent
+    config.prepare_libraries(environ, here / "vllm_logging.json")
+    log_guard.install()
+    try:
+        handler, engine = boot(config.take_secrets(environ))
+    except (ConfigError, ModelError) as error:
+        log.error("the worker cannot start:\n%s", error)
+        return 1
+    try:
+        return serve(handler, engine)
+    except ConfigError as error:
+        log.error("the worker cannot start:\n%s", error)
+        return 1
+
+
+def boot(environ: Mapping[str, str]) -> tuple[Handler, "Engine"]:
+    """Return a loaded engine and its handler; ConfigError or ModelError with every fault."""
+    from engine import Engine
+    from engine_options import EngineOptions
+
+    options = EngineOptions()
+    settings, faults = config.read(environ, options.names())
+    faults += options.faults(settings.engine_options)
+    keys = None
+    if settings.encryption_key:
+        try:
+            keys = KeyRing.parse(settings.encryption_key)
+        except ConfigError as error:
+            faults += error.faults
+    if faults or keys is None:
+        raise ConfigError(faults)
+    config.prepare_hub(config.environment(), settings)
+    snapshots = [
+        utils.resolve(
+            model,
+            hub_cache=settings.hub_cache,
+            model_path=settings.model_path if number == 0 else None,
+            token=settings.hf_token,
+            endpoint=settings.hf_endpoint,
+            offline=settings.offline,
+        )
+        for number, model in enumerate(settings.models)
+    ]
+    served = list(settings.served_model_name) or [snapshots[0].name]
+    engine = Engine(
+        str(snapshots[0].path), served, settings.engine_options, settings.gpu_memory_utilization
+    )
+    for key in keys:
+        log.info("key %s%s", key.id, f" ({key.name})" if key.name else "")
+    return Handler(settings, keys, engine), engine
+
+
+def serve(handler: Handler, engine: "Engine") -> int:
+    """Take jobs by the SDK until SIGTERM (0) or until the engine has died (1)."""
+    import job_loop
+
+    @contextlib.asynccontextmanager
+    async def lifespan() -> AsyncIterator[None]:
+        await engine.start()
+        log.info("ready: %s, %s", ", ".join(engine.served_model_names), ", ".join(engine.tasks))
+        yield
+        await handler.drain()
+        if engine.dead:
+            log.error("%s; this worker ends so that the platform replaces it", EngineDead().message)
+        else:
+            await engine.stop()
+
+    failed = job_loop.run(
+        job_loop.Worker(
+            handler=handler.handle,
+            lifespan=lifespan,
+            failed=lambda: engine.dead,
+            max_concurrency=handler.max_concurrency,
+        )
+    )
+    return 1 if failed else 0
+
+
+def end_children() -> None:
+    """Kill every process this one started and that is still there."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+
+
+if __name__ == "__main__":
+    code = main()
+    end_children()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of the engine and the SDK must not be able to hold a worker that has ended.
+    os._exit(code)
