@@ -170,17 +170,17 @@ class Http:
             app.router.add_route(method, path, handle)
 
         at = "/v2/{endpoint}"
+        # The router tries them in this order, and nearly all requests are of these two.
+        add("POST", at + "/job-stream/{worker}/{job}", "job-stream", self._job_stream)
+        add("GET", at + "/stream/{job}", "stream", self._stream)
         add("GET", at + "/job-take/{worker}", "job-take", self._job_take)
         add("GET", at + "/job-take-batch/{worker}", "job-take", self._job_take)
         add("GET", at + "/job-stop/{worker}", "job-stop", self._job_stop)
-        add("POST", at + "/job-stream/{worker}/{job}", "job-stream", self._job_stream)
         add("POST", at + "/job-done/{worker}/{job}", "job-done", self._job_done)
         add("GET", at + "/ping/{worker}", "ping", self._ping)
         add("POST", at + "/run", "run", self._run)
         add("POST", at + "/runsync", "runsync", self._runsync)
-        for method in ("GET", "POST"):
-            add(method, at + "/status/{job}", "status", self._status)
-            add(method, at + "/stream/{job}", "stream", self._stream)
+        add("GET", at + "/status/{job}", "status", self._status)
         add("POST", at + "/cancel/{job}", "cancel", self._cancel)
         add("POST", at + "/retry/{job}", "retry", self._retry)
         add("POST", at + "/purge-queue", "purge-queue", self._purge_queue)
@@ -266,6 +266,9 @@ class Http:
         if not worker.ready:
             worker.ready = True
             log.info("worker %s is ready", worker.id)
+        if worker.draining:
+            # The SDK polls again at once until SIGTERM reaches it.
+            await asyncio.sleep(min(self._options.hold_s, 0.3))
         count = call.query_number("batch_size", 1, 1, 1000)
         until_s = time.monotonic() + self._options.hold_s
         jobs = await self._poll(
