@@ -224,7 +224,7 @@ def parse_request(data: bytes) -> Request:
     return request
 
 
-_MEMBER = re.compile(r"`(?:\$\.)?(\w+)")
+_MEMBER = re.compile(r"(?:at `\$\.|unknown field `)(\w+)")
 
 
 def parse_generate(body: bytes) -> GenerateBody:
