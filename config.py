@@ -6,6 +6,7 @@ imported. What vLLM's engine arguments mean is engine_options.py's business;
 here they are names and text. The client's settings are in client_config.py.
 """
 
+import ctypes
 import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
@@ -260,8 +261,18 @@ def take_secrets(environ: MutableMapping[str, str]) -> dict[str, str]:
     """Return a copy of the environment and remove the secrets from it, for the sake of children."""
     copy = dict(environ)
     for name in ("ENCRYPTION_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if environ is os.environ:
+            _erase(name)
         environ.pop(name, None)
     return copy
+
+
+def _erase(name: str) -> None:
+    """Overwrite a variable where /proc shows it, also of processes forked from this one."""
+    libc = ctypes.CDLL(None)
+    libc.getenv.restype = ctypes.c_void_p
+    if address := libc.getenv(name.encode()):
+        ctypes.memset(address, 0, len(ctypes.string_at(address)))
 
 
 def prepare_libraries(environ: MutableMapping[str, str], logging_config: Path) -> None:
@@ -274,11 +285,13 @@ def prepare_libraries(environ: MutableMapping[str, str], logging_config: Path) -
     if environ.get("VLLM_LOGGING_LEVEL", "INFO").upper() in ("DEBUG", "NOTSET"):
         environ["VLLM_LOGGING_LEVEL"] = "INFO"
     environ["VLLM_LOGGING_CONFIG_PATH"] = str(logging_config)
+    environ["VLLM_CONFIGURE_LOGGING"] = "1"
     environ["VLLM_NO_USAGE_STATS"] = "1"
     environ["VLLM_DO_NOT_TRACK"] = "1"
     environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     environ.pop("VLLM_API_KEY", None)  # would put a second lock on vLLM's application
     environ.pop("VLLM_SERVER_DEV_MODE", None)  # would add its development routes
+    environ.pop("VLLM_DEBUG_LOG_API_SERVER_RESPONSE", None)  # would log answers
 
 
 def prepare_hub(environ: MutableMapping[str, str], settings: Settings) -> None:

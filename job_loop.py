@@ -1,9 +1,10 @@
 """The SDK's job loop with what a worker that owns an engine needs of it.
 
 `runpod` 1.12 has no hook that runs inside its event loop before the first job,
-looks for taken jobs ten times a second, and loses a job that arrives after
-SIGTERM. `JobLoop` is its `JobScaler` with these three mended; taking, posting,
-cancelling and pinging stay the SDK's. Knows nothing of engines or of encryption.
+looks for taken jobs ten times a second, loses a job that arrives after SIGTERM,
+and runs a job twice that is delivered twice. `JobLoop` is its `JobScaler` with
+these four mended; taking, posting, cancelling and pinging stay the SDK's. Knows
+nothing of engines or of encryption.
 """
 
 import asyncio
@@ -94,14 +95,29 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
                 taken.cancel()
                 continue
             job = taken.result()
-            task = asyncio.create_task(self.handle_job(session, job))
-            self.jobs_tasks[job["id"]] = task
+            earlier = self.jobs_tasks.get(job["id"])
+            if earlier is None:
+                task = asyncio.create_task(self.handle_job(session, job))
+                self.jobs_tasks[job["id"]] = task
+            elif earlier.cancelling():
+                task = asyncio.create_task(self._run_again(earlier, session, job))
+            else:
+                # The run in progress answers for both. A second one's result would end the job,
+                # and a stop would find only one of the two.
+                self.jobs_queue.task_done()
+                continue
             running.add(task)
             task.add_done_callback(running.discard)
         await asyncio.gather(*running, return_exceptions=True)
 
+    async def _run_again(self, stopped: asyncio.Task[None], session: Any, job: Any) -> None:
+        await asyncio.wait([stopped])
+        self.jobs_tasks[job["id"]] = asyncio.current_task()
+        self.job_progress.add(job)
+        await self.handle_job(session, job)
+
     async def _watch(self) -> None:
-        while not self._worker.failed():
+        while not self._worker.failed():  # the engine's death sets no event
             await asyncio.sleep(HEALTH_INTERVAL_S)
         self.failed = True
         self.kill_worker()

@@ -17,8 +17,15 @@ from ctypes import CDLL
 from types import TracebackType
 from typing import Any
 
-# Modules of vLLM that handle what people write; the text of their records is not for logs.
+# What handles what people write, or reports other people's exceptions: the text of these
+# records is not for logs.
 _HANDLES_CONTENT = (
+    "asyncio",
+    "jinja2",
+    "outlines",
+    "py.warnings",
+    "transformers",
+    "xgrammar",
     "vllm.entrypoints",
     "vllm.inputs",
     "vllm.logging_utils.dump_input",
@@ -95,6 +102,12 @@ def guard_exceptions() -> None:
     sys.excepthook = lambda kind, _, trace: report(kind, trace)
     sys.unraisablehook = lambda info: report(info.exc_type, info.exc_traceback)
     threading.excepthook = lambda info: report(info.exc_type, info.exc_traceback)
+
+    def print_exc(*_: object, **__: object) -> None:
+        kind, _error, trace = sys.exc_info()
+        report(kind, trace)
+
+    traceback.print_exc = print_exc  # what multiprocessing prints of a child's exception
 
 
 def _die_with_parent() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from crypto import AnswerSealer, Key, SimpleSealer
+from errors import RequestError
 from frames import AnswerEvent, Body, End, Event, FrameEncoder, Head, Sse, Text, merge
 from protocol import PlaintextInput, Request
 
@@ -21,7 +22,7 @@ class Reply(Protocol):
 
 
 class SealedReply:
-    """Chunks of the sealed protocol; one call, one chunk, unless it is larger than a chunk holds."""
+    """Chunks of the sealed protocol; one call, one chunk, unless a chunk cannot hold it."""
 
     def __init__(self, request: Request, key: Key) -> None:
         self._frames = FrameEncoder()
@@ -29,8 +30,9 @@ class SealedReply:
 
     def render(self, events: Iterable[AnswerEvent]) -> list[str]:
         events = list(events)
-        final = bool(events) and isinstance(events[-1], End)
-        return self._sealer.seal(self._frames.encode(events), final=final)
+        if not events:
+            return []
+        return self._sealer.seal(self._frames.encode(events), final=isinstance(events[-1], End))
 
     def payload(self, events: Iterable[AnswerEvent]) -> bytes:
         """Return the frames of `events`, to be sealed by `seal` (paced mode)."""
@@ -72,7 +74,13 @@ class SimpleReply:
                         objects[-1] |= end
                     else:
                         objects.append({"text": "", **end})
-        return [chunk for item in objects for chunk in self._sealer.seal_all(item)]
+        try:
+            return [chunk for item in objects for chunk in self._sealer.seal_all(item)]
+        except ValueError:
+            raise RequestError(
+                "a part of the answer is larger than a chunk of the simple form; "
+                "ask for fewer log probabilities, or use the sealed form"
+            ) from None
 
 
 class PlaintextReply:

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +69,14 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Asked:
-    """An opened request."""
+    """An opened request; `error` is what it is answered with if the engine is not to see it."""
 
     call: Call
     reply: Reply
     key_name: str
     replay_id: str | None = None
     expires_at: int = 0
+    error: RequestError | None = None
 
 
 class Handler:
@@ -101,22 +102,24 @@ class Handler:
         """Yield the chunks of the answer to `job`; no exception and no plaintext leaves here."""
         state = _Job(str(job.get("id", "-")))
         task = asyncio.current_task()
-        assert task is not None
+        if task is None:
+            raise RuntimeError("a job is answered by a task of its own")
         # A stop during a POST leaves this generator suspended; the task's end does not wait for it.
         task.add_done_callback(lambda _: self._end(state))
         try:
             asked = self._open(job.get("input"), state)
-        except Rejected:
+        except Exception as error:
             state.outcome = "rejected"
+            if not isinstance(error, Rejected):
+                self._internal(state, error)
             yield {"error": Rejected.TEXT}
             return
-        except _Refused as refused:
-            state.outcome = f"error:{refused.error.code}"
-            for chunk in refused.reply.render([_failed(refused.error)]):
+        try:
+            async for chunk in self._answer(asked, state):
                 yield chunk
-            return
-        async for chunk in self._answer(asked, state):
-            yield chunk
+        except Exception as error:
+            for chunk in asked.reply.render([self._failure(error, state)]):
+                yield chunk
         if asked.replay_id is not None:
             self._guard.finish(asked.replay_id)
         state.release = lambda: None
@@ -124,13 +127,13 @@ class Handler:
     # --- opening ---
 
     def _open(self, job_input: Any, state: _Job) -> _Asked:
-        """Return what is asked; Rejected before the sender is known, _Refused after."""
+        """Return what is asked, with its error if it is to be refused; or raise Rejected."""
         try:
             parsed = parse_job_input(job_input)
         except RequestError as error:
             if not self._settings.allow_plaintext:
                 raise Rejected from None
-            raise _Refused(error, _PlainError()) from None
+            return _Asked(Call("", "POST", b""), _PlainError(), "plaintext", error=error)
         match parsed:
             case SealedInput(sealed):
                 opened = self._opener.open(sealed)
@@ -169,7 +172,8 @@ class Handler:
                 replay_id = asked.replay_id
                 state.release = lambda: self._guard.abandon(replay_id)
         except RequestError as error:
-            raise _Refused(error, asked.reply) from None
+            # Without its id: an attempt that is refused must not end another one's.
+            return replace(asked, replay_id=None, error=error)
         return asked
 
     def _known(self, route: str) -> bool:
@@ -182,7 +186,7 @@ class Handler:
         batches = self._events(asked, state)
         if self._settings.stream_interval_ms and isinstance(reply, SealedReply):
             chunks: AsyncIterator[Any] = paced(
-                ((reply.payload(batch), isinstance(batch[-1], End)) async for batch in batches),
+                ((reply.payload(batch), _is_end(batch)) async for batch in batches),
                 reply.seal,
                 self._settings.stream_interval_ms / 1000,
                 CELL_PAYLOAD_BYTES,
@@ -195,23 +199,36 @@ class Handler:
     async def _events(self, asked: _Asked, state: _Job) -> AsyncIterator[list[AnswerEvent]]:
         """Yield the events of the answer; whatever goes wrong becomes its End."""
         try:
+            if asked.error is not None:
+                raise asked.error
             if asked.call.route == WORKER:
                 yield self._worker(asked.call)
-                state.outcome = "done"
-                return
-            state.run = self._engine.run(asked.call, f"{self._salt}:{asked.key_name}")
-            async for batch in state.run.batches():
-                yield batch
+            else:
+                state.run = self._engine.run(asked.call, f"{self._salt}:{asked.key_name}")
+                async for batch in state.run.batches():
+                    yield batch
             state.outcome = "done"
-        except RequestError as error:
-            state.outcome = f"error:{error.code}"
-            yield [_failed(error, state.run)]
         except Exception as error:
-            # Its message may quote the request: only its type and place are told.
-            log.error("job %s: %s", state.id, log_guard.describe(type(error), error.__traceback__))
-            state.outcome = "error:internal"
-            failure = RequestError("the worker failed", status=500, type="InternalServerError")
-            yield [_failed(failure, state.run)]
+            yield [self._failure(error, state)]
+
+    def _failure(self, error: Exception, state: _Job) -> End:
+        """Return the end of an answer that went wrong, and note its outcome."""
+        if not isinstance(error, RequestError):
+            self._internal(state, error)
+            error = RequestError("the worker failed", status=500, type="InternalServerError")
+        else:
+            state.outcome = f"error:{error.code}"
+        usage = state.run.usage if state.run else None
+        return End(
+            usage.tokens() if usage else None,
+            dict(usage.timings()) if usage else {},
+            {**error.body()["error"], "status": error.status},
+        )
+
+    def _internal(self, state: _Job, error: Exception) -> None:
+        # Its message may quote the request: only its type and place are told.
+        log.error("job %s: %s", state.id, log_guard.describe(type(error), error.__traceback__))
+        state.outcome = "error:internal"
 
     def _worker(self, call: Call) -> list[AnswerEvent]:
         """Answer the `worker` route (SPEC section 8.2)."""
@@ -254,15 +271,6 @@ class Handler:
             await asyncio.wait(self._closing)
 
 
-class _Refused(Exception):
-    """An authenticated request that is answered with an error before it reaches the engine."""
-
-    def __init__(self, error: RequestError, reply: Reply) -> None:
-        super().__init__()
-        self.error = error
-        self.reply = reply
-
-
 class _PlainError:
     """The reply to plaintext that has no known form."""
 
@@ -274,13 +282,8 @@ class _PlainError:
         ]
 
 
-def _failed(error: RequestError, run: "Run | None" = None) -> End:
-    usage = run.usage if run else None
-    return End(
-        usage.tokens() if usage else None,
-        dict(usage.timings()) if usage else {},
-        {**error.body()["error"], "status": error.status},
-    )
+def _is_end(batch: list[AnswerEvent]) -> bool:
+    return bool(batch) and isinstance(batch[-1], End)
 
 
 # --- boot -----------------------------------------------------------------------------------
@@ -348,6 +351,7 @@ def serve(handler: Handler, engine: "Engine") -> int:
 
     @contextlib.asynccontextmanager
     async def lifespan() -> AsyncIterator[None]:
+        log_guard.guard_exceptions()  # the SDK has put its own hook in place by now
         await engine.start()
         log.info("ready: %s, %s", ", ".join(engine.served_model_names), ", ".join(engine.tasks))
         yield
@@ -375,10 +379,23 @@ def end_children() -> None:
             child.kill()
 
 
+def _run() -> int:
+    try:
+        return main()
+    except SystemExit as stop:  # SIGTERM before there was a loop to tell
+        return int(stop.code or 0)
+    except BaseException as error:
+        log.error("the worker ends: %s", log_guard.describe(type(error), error.__traceback__))
+        return 1
+
+
 if __name__ == "__main__":
-    code = main()
+    code = _run()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_children()
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads of the engine and the SDK must not be able to hold a worker that has ended.
     os._exit(code)
+elif __name__ == "__mp_main__":
+    log_guard.guard_exceptions()

@@ -1,0 +1,88 @@
+"""A worker on `job_loop`, or on the SDK's own loop, that answers without an engine.
+
+Its arguments: a folder, its number of slots, and `mended` or `sdk`. It notes in the
+folder's `notes` what happens, one line each, and does what files of the folder tell
+it: with `fail-start` it fails to start, with `dead` its engine counts as dead, and
+while `hold` is there jobs wait and the start does.
+"""
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import runpod
+
+import job_loop
+from errors import ConfigError
+
+FOLDER = Path(sys.argv[1])
+
+
+def note(*words: object) -> None:
+    """Append one line for the test to read."""
+    with (FOLDER / "notes").open("a") as notes:
+        notes.write(" ".join(map(str, words)) + "\n")
+
+
+def there(name: str) -> bool:
+    """Whether the test has made that file."""
+    return (FOLDER / name).exists()
+
+
+async def released() -> None:
+    """Wait until nothing holds."""
+    while there("hold") and not there("dead"):
+        await asyncio.sleep(0.01)
+
+
+async def handler(job: dict[str, Any]) -> AsyncIterator[str]:
+    """Yield one chunk, wait while told to, yield another."""
+    note("began", job["id"])
+    try:
+        yield "first"
+        await released()
+        yield "dead" if there("dead") else "last"
+        note("ended", job["id"])
+    except (asyncio.CancelledError, GeneratorExit):
+        note("cancelled", job["id"])
+        raise
+
+
+@contextlib.asynccontextmanager
+async def lifespan() -> AsyncIterator[None]:
+    """Stand in for the engine's start and stop."""
+    note("starting")
+    await released()
+    if there("fail-start"):
+        raise ConfigError(["told to fail"])
+    note("started")
+    yield
+    note("stopped")
+
+
+if __name__ == "__main__":
+    slots = int(sys.argv[2])
+    if sys.argv[3] == "sdk":
+        note("started")
+        runpod.serverless.start(
+            {
+                "handler": handler,
+                "return_aggregate_stream": True,
+                "concurrency_modifier": lambda _: slots,
+            }
+        )
+        sys.exit(0)
+    failed = job_loop.run(
+        job_loop.Worker(
+            handler=handler,
+            lifespan=lifespan,
+            failed=lambda: there("dead"),
+            max_concurrency=slots,
+        )
+    )
+    sys.exit(3 if failed else 0)

@@ -1,0 +1,240 @@
+"""The worker's settings: every name, every default, every fault, and no value in any of them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import config
+from config import SETTINGS, Settings
+from crypto import generate_key
+
+OPTIONS = frozenset({"MAX_MODEL_LEN", "QUANTIZATION", "TENSOR_PARALLEL_SIZE", "TOOL_CALL_PARSER"})
+NOWHERE = Path("/nowhere")
+ENOUGH = {
+    "MODELS": "org/name",
+    "ENCRYPTION_KEY": generate_key(),
+    "RUNPOD_ENDPOINT_ID": "endpoint",
+    "HOME": "/home/somebody",
+}
+
+
+def read(**given: str) -> tuple[Settings, list[str]]:
+    return config.read({**ENOUGH, **given}, OPTIONS, NOWHERE)
+
+
+def test_what_must_be_set_is_enough() -> None:
+    settings, faults = read()
+    assert faults == []
+    assert settings == Settings(
+        models=("org/name",),
+        encryption_key=ENOUGH["ENCRYPTION_KEY"],
+        endpoint_id="endpoint",
+        hf_home=config.default_hf_home(ENOUGH, NOWHERE),
+    )
+
+
+def test_what_must_be_set_is_missed_all_at_once() -> None:
+    _, faults = config.read({}, OPTIONS, NOWHERE)
+    assert [fault.split()[0] for fault in faults] == [
+        "MODELS",
+        "ENCRYPTION_KEY",
+        "RUNPOD_ENDPOINT_ID",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "attribute", "value"),
+    [
+        ("MODELS", "a/b, /models/c ,d/e@main", "models", ("a/b", "/models/c", "d/e@main")),
+        ("ENCRYPTION_KEY", " text ", "encryption_key", "text"),
+        ("HF_TOKEN", "token", "hf_token", "token"),
+        ("HF_HOME", "/data", "hf_home", Path("/data")),
+        ("HF_ENDPOINT", "http://hub", "hf_endpoint", "http://hub"),
+        ("HF_HUB_OFFLINE", "1", "offline", True),
+        ("MODEL_PATH", "/model", "model_path", Path("/model")),
+        ("SERVED_MODEL_NAME", "a,b", "served_model_name", ("a", "b")),
+        ("GPU_MEMORY_UTILIZATION", "0.5", "gpu_memory_utilization", 0.5),
+        ("MAX_CONCURRENCY", "7", "max_concurrency", 7),
+        ("ALLOW_PLAINTEXT", "True", "allow_plaintext", True),
+        ("ALLOW_PLAINTEXT", "off", "allow_plaintext", False),
+        ("MAX_TTL_S", "60", "max_ttl_s", 60),
+        ("CLOCK_SKEW_S", "0", "clock_skew_s", 0),
+        ("STREAM_INTERVAL_MS", "100", "stream_interval_ms", 100),
+        ("RUNPOD_ENDPOINT_ID", "other", "endpoint_id", "other"),
+    ],
+)
+def test_a_setting_is_read(name: str, text: str, attribute: str, value: Any) -> None:
+    settings, faults = read(**{name: text})
+    assert faults == []
+    assert getattr(settings, attribute) == value
+
+
+def test_every_setting_is_tried_above_and_described() -> None:
+    tried = {
+        mark.args[1][row][0]
+        for mark in test_a_setting_is_read.pytestmark  # type: ignore[attr-defined]
+        for row in range(len(mark.args[1]))
+    }
+    assert tried == {setting.name for setting in SETTINGS}
+    fields = set(Settings.__dataclass_fields__) - {"engine_options"}
+    assert {setting.attribute for setting in SETTINGS} == fields
+    assert all(setting.meaning and setting.default for setting in SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("HF_HUB_OFFLINE", "maybe", "neither true nor false"),
+        ("ALLOW_PLAINTEXT", "ja", "neither true nor false"),
+        ("GPU_MEMORY_UTILIZATION", "plenty", "not a number"),
+        ("GPU_MEMORY_UTILIZATION", "0", "not above 0 and at most 1"),
+        ("GPU_MEMORY_UTILIZATION", "1.1", "not above 0 and at most 1"),
+        ("GPU_MEMORY_UTILIZATION", "nan", "not above 0 and at most 1"),
+        ("MAX_CONCURRENCY", "many", "not a whole number"),
+        ("MAX_CONCURRENCY", "0", "not between 1 and 4096"),
+        ("MAX_CONCURRENCY", "1.5", "not a whole number"),
+        ("MAX_TTL_S", "-1", "not between"),
+        ("CLOCK_SKEW_S", "3601", "not between 0 and 3600"),
+        ("STREAM_INTERVAL_MS", "60001", "not between 0 and 60000"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_and_not_quoted(name: str, text: str, says: str) -> None:
+    _, faults = read(**{name: text})
+    (fault,) = faults
+    assert fault.startswith(f"{name} is ")
+    assert says in fault
+    if not text.isdigit():
+        assert text not in fault
+
+
+def test_all_faults_are_told_together() -> None:
+    _, faults = config.read(
+        {"MAX_CONCURRENCY": "x", "ALLOW_PLAINTEXT": "x", "MAX_MODEL_LENGTH": "9"}, OPTIONS, NOWHERE
+    )
+    assert len(faults) == 6
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_empty_value_counts_as_not_set(text: str) -> None:
+    settings, faults = read(MAX_CONCURRENCY=text, MAX_MODEL_LEN=text)
+    assert faults == []
+    assert settings.max_concurrency is None
+    assert not settings.engine_options
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("MAX_CONCURENCY", "MAX_CONCURRENCY"),
+        ("ALLOW_PLAIN_TEXT", "ALLOW_PLAINTEXT"),
+        ("ENCRYPTION_KEYS", "ENCRYPTION_KEY"),
+        ("SERVED_MODEL_NAMES", "SERVED_MODEL_NAME"),
+        ("MAX_MODEL_LENGTH", "MAX_MODEL_LEN"),
+        ("QUANTISATION", "QUANTIZATION"),
+        ("TENSOR_PARALELL_SIZE", "TENSOR_PARALLEL_SIZE"),
+    ],
+)
+def test_a_misspelt_name_is_a_fault_that_names_the_right_one(name: str, meant: str) -> None:
+    _, faults = read(**{name: "zzz"})
+    assert faults == [f"{name} is not a setting: did you mean {meant}?"]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("MODEL_NAME", "MODELS"), ("OPENAI_SERVED_MODEL_NAME_OVERRIDE", "SERVED_MODEL_NAME")],
+)
+def test_the_official_workers_names_are_translated(name: str, meant: str) -> None:
+    _, faults = read(**{name: "zzz"})
+    assert faults == [f"{name} is not a setting of this worker: use {meant}"]
+
+
+def test_what_stands_in_any_environment_is_no_fault() -> None:
+    """Names of shells, containers, CUDA images and RunPod pods."""
+    names = ["PATH", "HOME", "HOSTNAME", "LANG", "LC_ALL", "PWD", "OLDPWD", "SHLVL", "TERM", "USER", "LOGNAME", "SHELL", "EDITOR", "PS1", "TZ", "DEBIAN_FRONTEND", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONUNBUFFERED", "PYTHONPATH", "VIRTUAL_ENV", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_REQUIRE_CUDA", "CUDA_VERSION", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "NCCL_VERSION", "NV_CUDA_LIB_VERSION", "TORCH_CUDA_ARCH_LIST", "VLLM_USAGE_SOURCE", "VLLM_LOGGING_LEVEL", "VLLM_CACHE_ROOT", "HF_HUB_CACHE", "HF_HUB_ENABLE_HF_TRANSFER", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "RUNPOD_POD_ID", "RUNPOD_API_KEY", "RUNPOD_AI_API_KEY", "RUNPOD_WEBHOOK_GET_JOB", "RUNPOD_DC_ID", "RUNPOD_GPU_COUNT", "RUNPOD_MEM_GB", "RUNPOD_CPU_COUNT", "RUNPOD_PUBLIC_IP", "RUNPOD_TCP_PORT_22", "RUNPOD_VOLUME_ID", "PUBLIC_KEY", "JUPYTER_PASSWORD", "UV_CACHE_DIR", "PIP_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE"]
+    _, faults = read(**dict.fromkeys(names, "x"))
+    assert faults == []
+
+
+def test_engine_options_are_taken_as_they_are() -> None:
+    settings, faults = read(MAX_MODEL_LEN=" 2048 ", QUANTIZATION="awq", UNRELATED="x")
+    assert faults == []
+    assert settings.engine_options == {"MAX_MODEL_LEN": "2048", "QUANTIZATION": "awq"}
+
+
+def test_models_are_kept_on_the_volume_where_there_is_one(tmp_path: Path) -> None:
+    settings, _ = config.read(ENOUGH, OPTIONS, tmp_path)
+    assert settings.hf_home == tmp_path / "huggingface-cache"
+    assert settings.hub_cache == tmp_path / "huggingface-cache" / "hub"
+
+
+def test_models_are_kept_with_the_user_where_there_is_none() -> None:
+    settings, _ = read(XDG_CACHE_HOME="/cache")
+    assert settings.hf_home == Path("/cache/huggingface")
+    assert read(HF_HOME="/elsewhere")[0].hf_home == Path("/elsewhere")
+    assert read()[0].hf_home == Path.home() / ".cache" / "huggingface"
+
+
+def test_secrets_are_in_no_repr() -> None:
+    settings, _ = read(HF_TOKEN="hf_secret")
+    assert ENOUGH["ENCRYPTION_KEY"] not in repr(settings)
+    assert "hf_secret" not in repr(settings)
+
+
+def test_secrets_are_taken_out_of_an_environment() -> None:
+    environ = {"ENCRYPTION_KEY": "k", "HF_TOKEN": "t", "HUGGING_FACE_HUB_TOKEN": "u", "PATH": "p"}
+    before = dict(environ)
+    assert config.take_secrets(environ) == before
+    assert environ == {"PATH": "p"}
+
+
+def test_secrets_are_erased_where_proc_shows_them(tmp_path: Path) -> None:
+    """The kernel shows the environment that a process was started with, also of its forks."""
+    import subprocess
+    import sys
+
+    program = (
+        "import os, sys, pathlib; sys.path.insert(0, sys.argv[1]); import config\n"
+        "before = pathlib.Path('/proc/self/environ').read_bytes()\n"
+        "taken = config.take_secrets(config.environment())\n"
+        "after = pathlib.Path('/proc/self/environ').read_bytes()\n"
+        "print(b'S3CRET' in before, b'S3CRET' in after, taken['ENCRYPTION_KEY'])\n"
+        "sys.stdout.flush()\n"
+        "os.fork() or print(b'S3CRET' in pathlib.Path('/proc/self/environ').read_bytes())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(Path(config.__file__).parent)],
+        env={**os.environ, "ENCRYPTION_KEY": "S3CRET"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["True", "False", "S3CRET", "False"], done
+
+
+def test_libraries_are_told_not_to_log_content_or_report() -> None:
+    environ = {
+        "VLLM_LOGGING_LEVEL": "debug",
+        "VLLM_API_KEY": "k",
+        "VLLM_CONFIGURE_LOGGING": "0",
+        "VLLM_DEBUG_LOG_API_SERVER_RESPONSE": "1",
+    }
+    config.prepare_libraries(environ, Path("/logging.json"))
+    assert environ == {
+        "RUNPOD_LOG_LEVEL": "INFO",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_LOGGING_CONFIG_PATH": "/logging.json",
+        "VLLM_CONFIGURE_LOGGING": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+@pytest.mark.parametrize("level", ["INFO", "WARNING", "ERROR"])
+def test_a_quieter_log_is_left_quiet(level: str) -> None:
+    environ = {"VLLM_LOGGING_LEVEL": level, "RUNPOD_LOG_LEVEL": "ERROR"}
+    config.prepare_libraries(environ, Path("/logging.json"))
+    assert environ["VLLM_LOGGING_LEVEL"] == level
+    assert environ["RUNPOD_LOG_LEVEL"] == "ERROR"

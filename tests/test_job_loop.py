@@ -1,0 +1,274 @@
+"""The job loop on the real SDK in production mode: start, jobs, stops and ends.
+
+The engine is left out: `loop_worker.py` notes what the loop does to its jobs. What the
+SDK's own loop does in the same place is shown where it differs.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+
+from local_runpod import LocalRunpod
+from local_runpod_queue import Status
+from tests.wait import until
+from tests.workers import Caller
+
+SCRIPT = Path(__file__).with_name("loop_worker.py")
+
+
+class LoopWorker:
+    """One process of loop_worker.py."""
+
+    def __init__(
+        self, platform: LocalRunpod, folder: Path, *, slots: int = 4, loop: str = "mended"
+    ) -> None:
+        self.platform = platform
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder), str(slots), loop],
+            env={**os.environ, **platform.worker_env("pod-1"), "RUNPOD_LOG_LEVEL": "ERROR"},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def tell(self, name: str, on: bool = True) -> None:
+        """Make or remove a file that steers the worker."""
+        path = self.folder / name
+        if on:
+            path.touch()
+        else:
+            path.unlink()
+
+    @property
+    def notes(self) -> list[str]:
+        """What it has noted."""
+        path = self.folder / "notes"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def noted(self, line: str, times: int = 1) -> None:
+        """Wait for a line."""
+        until(lambda: self.notes.count(line) >= times, 30, f"{times} x {line!r} in {self.notes}")
+
+    def ready(self) -> Self:
+        """Wait until it asks for jobs."""
+        until(lambda: self.platform.workers["pod-1"].ready, 60, "ready")
+        return self
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def platform() -> Iterator[LocalRunpod]:
+    with LocalRunpod(hold_s=3, stream_hold_s=3) as platform:
+        yield platform
+
+
+@pytest.fixture
+def caller(platform: LocalRunpod) -> Iterator[Caller]:
+    caller = Caller(platform, "A" * 43 + "=")
+    yield caller
+    caller.close()
+
+
+def status(platform: LocalRunpod, job_id: str) -> Status:
+    return platform.jobs[job_id].status
+
+
+def test_no_job_is_taken_before_the_start_is_complete(
+    platform: LocalRunpod, caller: Caller, tmp_path: Path
+) -> None:
+    job = caller.submit({})
+    (tmp_path / "hold").touch()
+    with LoopWorker(platform, tmp_path) as worker:
+        worker.noted("starting")
+        assert not platform.workers["pod-1"].ready
+        assert status(platform, job) is Status.IN_QUEUE
+        worker.tell("hold", on=False)
+        assert caller.outputs(job) == ["first", "last"]
+        assert worker.notes == ["starting", "started", f"began {job}", f"ended {job}"]
+
+
+def test_a_start_that_fails_takes_nothing(
+    platform: LocalRunpod, caller: Caller, tmp_path: Path
+) -> None:
+    job = caller.submit({})
+    (tmp_path / "fail-start").touch()
+    with LoopWorker(platform, tmp_path) as worker:
+        assert worker.process.wait(60) == 1
+        assert not platform.workers["pod-1"].ready
+    assert status(platform, job) is Status.IN_QUEUE
+
+
+def test_sigterm_during_the_start_takes_nothing_and_ends_with_0(
+    platform: LocalRunpod, caller: Caller, tmp_path: Path
+) -> None:
+    (tmp_path / "hold").touch()
+    with LoopWorker(platform, tmp_path) as worker:
+        worker.noted("starting")
+        job = caller.submit({})
+        worker.terminate()
+        worker.tell("hold", on=False)
+        assert worker.process.wait(30) == 0
+        assert worker.notes == ["starting", "started", "stopped"]
+    assert status(platform, job) is Status.IN_QUEUE
+
+
+def late_job(platform: LocalRunpod, caller: Caller, folder: Path, loop: str) -> tuple[str, int]:
+    """Give a worker a job in the poll that it holds while SIGTERM reaches it."""
+    with LoopWorker(platform, folder, loop=loop) as worker:
+        worker.ready()
+        until(lambda: platform.workers["pod-1"].polls >= 2, 30, "held polls")
+        worker.terminate()
+        # The SDK's loops look at the signal ten times a second.
+        until(lambda: not asks(worker.process.pid), 10, "the signal was handled")
+        job = caller.submit({})
+        until(lambda: status(platform, job) is not Status.IN_QUEUE, 10, "taken")
+        return job, worker.process.wait(120)
+
+
+def asks(pid: int) -> bool:
+    """Whether SIGTERM still waits to be handled."""
+    fields = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+    )
+    return bool(int(fields["ShdPnd"], 16) & (1 << (signal.SIGTERM - 1)))
+
+
+def test_a_job_that_arrives_after_sigterm_is_answered(
+    platform: LocalRunpod, caller: Caller, tmp_path: Path
+) -> None:
+    job, code = late_job(platform, caller, tmp_path, "mended")
+    assert code == 0
+    assert status(platform, job) is Status.COMPLETED
+    assert caller.outputs(job) == ["first", "last"]
+
+
+def test_running_jobs_finish_after_sigterm_and_no_other_is_taken(
+    platform: LocalRunpod, caller: Caller, tmp_path: Path
+) -> None:
+    (tmp_path / "hold").touch()
+    with LoopWorker(platform, tmp_path) as worker:
+        worker.noted("starting")
+        worker.tell("hold", on=False)
+        worker.ready()
+        worker.tell("hold")
+        jobs = [caller.submit({}) for _ in range(3)]
+        for job in jobs:
+            worker.noted(f"began {job}")
+        worker.terminate()
+        until(lambda: platform.workers["pod-1"].polls < 2, 10, "the poll for jobs has ended")
+        late = caller.submit({})
+        worker.tell("hold", on=False)
+        assert [caller.outputs(job) for job in jobs] == [["first", "last"]] * 3
+        assert worker.process.wait(30) == 0
+        assert worker.notes[-1] == "stopped"
+    assert status(platform, late) is Status.IN_QUEUE
+
+
+def test_death_of_the_engine_ends_running_jobs_and_takes_no_more(
+    platform: LocalRunpod, caller: Caller, tmp_path: Path
+) -> None:
+    with LoopWorker(platform, tmp_path) as worker:
+        worker.ready()
+        worker.tell("hold")
+        job = caller.submit({})
+        worker.noted(f"began {job}")
+        worker.tell("dead")
+        assert caller.outputs(job) == ["first", "dead"]
+        assert worker.process.wait(10) == 3
+        late = caller.submit({})
+    assert status(platform, late) is Status.IN_QUEUE
+
+
+def test_a_stop_ends_one_job_only(platform: LocalRunpod, caller: Caller, tmp_path: Path) -> None:
+    with LoopWorker(platform, tmp_path) as worker:
+        worker.ready()
+        worker.tell("hold")
+        first, second = caller.submit({}), caller.submit({})
+        for job in (first, second):
+            worker.noted(f"began {job}")
+            until(lambda job=job: platform.jobs[job].chunks_received, 10, "first chunk")
+        caller.cancel(first)
+        worker.noted(f"cancelled {first}")
+        worker.tell("hold", on=False)
+        assert caller.outputs(second) == ["first", "last"]
+        assert f"cancelled {second}" not in worker.notes
+
+
+def twice(platform: LocalRunpod, caller: Caller, folder: Path, loop: str) -> tuple[Any, list[str]]:
+    """Deliver a job twice to the same worker, then let it end."""
+    platform.faults.add("job-take", duplicate=1, nth=1)
+    job = caller.submit({})
+    with LoopWorker(platform, folder, loop=loop) as worker:
+        (folder / "hold").touch()
+        if loop == "mended":
+            worker.noted("starting")
+            worker.tell("hold", on=False)
+            worker.ready()
+            worker.tell("hold")
+        until(lambda: job in platform.workers["pod-1"].jobs, 60, "taken")
+        worker.noted(f"began {job}")
+        probe = caller.submit({})  # taken after the second delivery, which stood before it
+        worker.noted(f"began {probe}")
+        worker.tell("hold", on=False)
+        outputs = caller.outputs(job)
+        worker.noted(f"ended {probe}")
+        return outputs, worker.notes
+
+
+def test_a_job_delivered_twice_runs_once(
+    platform: LocalRunpod, caller: Caller, tmp_path: Path
+) -> None:
+    outputs, notes = twice(platform, caller, tmp_path, "mended")
+    assert outputs == ["first", "last"]
+    assert sum(line.startswith("began") for line in notes) == 2
+
+
+def test_slots_are_respected(platform: LocalRunpod, caller: Caller, tmp_path: Path) -> None:
+    with LoopWorker(platform, tmp_path, slots=2) as worker:
+        worker.ready()
+        worker.tell("hold")
+        jobs = [caller.submit({}) for _ in range(5)]
+        until(lambda: sum(line.startswith("began") for line in worker.notes) == 2, 10, "two began")
+        assert sum(platform.jobs[job].status is Status.IN_PROGRESS for job in jobs) == 2
+        worker.tell("hold", on=False)
+        assert [caller.outputs(job) for job in jobs] == [["first", "last"]] * 5
+
+
+class TestTheSdksOwnLoop:
+    """What job_loop mends is broken there: these tests would pass vacuously if it were not."""
+
+    def test_a_job_that_arrives_after_sigterm_is_lost(
+        self, platform: LocalRunpod, caller: Caller, tmp_path: Path
+    ) -> None:
+        job, code = late_job(platform, caller, tmp_path, "sdk")
+        assert code == 0
+        assert status(platform, job) is Status.IN_PROGRESS
+
+    def test_a_job_delivered_twice_runs_twice(
+        self, platform: LocalRunpod, caller: Caller, tmp_path: Path
+    ) -> None:
+        outputs, notes = twice(platform, caller, tmp_path, "sdk")
+        assert outputs != ["first", "last"] or len(notes) > 5

@@ -1,0 +1,115 @@
+"""Paced mode: what leaves when, whatever comes."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from itertools import pairwise
+
+import pytest
+
+from pacing import MAX_WAITING_BYTES, paced
+
+CELL = 10
+TICK_S = 0.02
+
+Payloads = AsyncIterator[tuple[bytes, bool]]
+
+
+def seal(payload: bytes, final: bool) -> list[str]:
+    """Stand in for encryption: the payload padded to the cell, and the flag."""
+    return [f"{int(final)}{payload.decode():_<{CELL}}"]
+
+
+async def collect(payloads: Payloads) -> tuple[list[str], list[float]]:
+    chunks, times = [], []
+    async for chunk in paced(payloads, seal, TICK_S, CELL):
+        chunks.append(chunk)
+        times.append(asyncio.get_running_loop().time())
+    return chunks, times
+
+
+async def given(*payloads: bytes) -> Payloads:
+    for number, payload in enumerate(payloads, 1):
+        yield payload, number == len(payloads)
+
+
+def text(chunks: list[str]) -> str:
+    return "".join(chunk[1:].rstrip("_") for chunk in chunks)
+
+
+async def test_every_chunk_has_one_size_and_the_last_is_final() -> None:
+    chunks, _ = await collect(given(b"a", b"", b"b" * 25, b"c"))
+    assert text(chunks) == "a" + "b" * 25 + "c"
+    assert {len(chunk) for chunk in chunks} == {1 + CELL}
+    assert [chunk[0] for chunk in chunks] == ["0"] * (len(chunks) - 1) + ["1"]
+
+
+async def test_chunks_leave_on_the_tick_also_with_nothing_to_say() -> None:
+    async def slow() -> Payloads:
+        yield b"a", False
+        await asyncio.sleep(10 * TICK_S)
+        yield b"b", True
+
+    chunks, times = await collect(slow())
+    assert text(chunks) == "ab"
+    assert len(chunks) >= 8
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    # Never early; late only as far as the machine is busy.
+    assert min(gaps) > 0.5 * TICK_S
+    assert sorted(gaps)[len(gaps) // 2] < 2 * TICK_S
+
+
+async def test_a_burst_and_a_trickle_look_alike() -> None:
+    async def trickle() -> Payloads:
+        for number in range(8):
+            yield b"x", number == 7
+            await asyncio.sleep(TICK_S / 2)
+
+    burst, _ = await collect(given(b"x" * 4 * CELL))
+    drip, _ = await collect(trickle())
+    assert {len(chunk) for chunk in burst} == {len(chunk) for chunk in drip}
+    assert len(burst) == 4
+
+
+async def test_the_producer_waits_when_too_much_waits() -> None:
+    produced = 0
+
+    async def flood() -> Payloads:
+        nonlocal produced
+        for _ in range(100):
+            produced += 1
+            yield b"x" * (MAX_WAITING_BYTES // 4), False
+
+    async with contextlib.aclosing(paced(flood(), seal, TICK_S, CELL)) as chunks:  # type: ignore[type-var]
+        for _ in range(3):
+            await anext(chunks)
+        assert produced <= 6
+
+
+async def test_a_failure_comes_after_what_was_said_before_it() -> None:
+    async def fails() -> Payloads:
+        yield b"a" * 15, False
+        raise ValueError("told to fail")
+
+    chunks = []
+    with pytest.raises(ValueError, match="told to fail"):
+        async for chunk in paced(fails(), seal, TICK_S, CELL):
+            chunks.append(chunk)
+    assert text(chunks) == "a" * 15
+    assert all(chunk[0] == "0" for chunk in chunks)
+
+
+async def test_leaving_early_ends_the_producer() -> None:
+    ended = asyncio.Event()
+
+    async def endless() -> Payloads:
+        try:
+            while True:
+                yield b"x", False
+                await asyncio.sleep(TICK_S)
+        finally:
+            ended.set()
+
+    async with contextlib.aclosing(paced(endless(), seal, TICK_S, CELL)) as chunks:  # type: ignore[type-var]
+        await anext(chunks)
+    await asyncio.wait_for(ended.wait(), 5)
