@@ -98,9 +98,9 @@ def load(
         if value is None:
             continue
         environ[name] = value
-        # A file given by hand wins over a key that happens to be in the environment.
-        if name.endswith("_FILE"):
-            environ.pop(name.removesuffix("_FILE"), None)
+        # What is given by hand wins over its other form that happens to be in the environment.
+        other = name.removesuffix("_FILE") if name.endswith("_FILE") else f"{name}_FILE"
+        environ.pop(other, None)
     return ClientSettings.from_environ(environ, with_key=with_key)
 
 

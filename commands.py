@@ -16,7 +16,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NoReturn, TextIO, TypeVar
 
 import client_config
-import doctor
 import errors
 from client import Answer, AsyncClient, AsyncStream, ClientSettings, Progress, Response
 from crypto import Key, generate_key
@@ -37,8 +36,8 @@ _CONTROLS = {
 _DESCRIPTION = """\
 Talk to a private vLLM worker through a platform that can read nothing of it.
 
-  client.py "prompt"            answer one prompt (the word `ask` may stand before it)
-  client.py < file              the same from a pipe; with a prompt, the file follows it
+  %(prog)s "prompt"     answer one prompt (the word `ask` may stand before it)
+  %(prog)s < file       the same from a pipe; with a prompt, the file follows it
 """
 
 
@@ -110,7 +109,6 @@ def _generation() -> _Parser:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = _Parser(
-        prog="client.py",
         description=_DESCRIPTION,
         epilog=exit_codes(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -159,7 +157,6 @@ class Screen:
         self._shows_progress = verbose or self._progress_terminal
         self._line_open = False
         self._ends_line = True
-        self._ticker: asyncio.Task[None] | None = None
 
     def text(self, text: str) -> None:
         """Print a piece of the answer at once."""
@@ -194,40 +191,26 @@ class Screen:
         """Show where the job stands."""
         if not self._shows_progress:
             return
-        if not self._progress_terminal:
-            print(_progress_words(progress), file=sys.stderr, flush=True)
-            return
-        if self._ticker:
-            self._ticker.cancel()
-        loop = asyncio.get_running_loop()
-        self._ticker = loop.create_task(self._tick(progress, loop.time() - progress.waited_s))
-
-    async def _tick(self, progress: Progress, since_s: float) -> None:
-        # The platform may hold a request for long; the seconds go on meanwhile.
-        while True:
-            waited_s = asyncio.get_running_loop().time() - since_s
-            words = _progress_words(progress, waited_s)
+        words = _progress_words(progress)
+        if self._progress_terminal:
             sys.stderr.write(f"\r\x1b[K{words}")
-            sys.stderr.flush()
             self._line_open = True
-            await asyncio.sleep(1)
+        else:
+            sys.stderr.write(f"{words}\n")
+        sys.stderr.flush()
 
     def clear(self) -> None:
         """Take the progress line away."""
-        if self._ticker:
-            self._ticker.cancel()
-            self._ticker = None
         if self._line_open:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
             self._line_open = False
 
 
-def _progress_words(progress: Progress, waited_s: float | None = None) -> str:
-    waited_s = progress.waited_s if waited_s is None else waited_s
+def _progress_words(progress: Progress) -> str:
     if progress.state == "running":
-        return f"running, {waited_s:.0f} s"
-    words = f"queued {waited_s:.0f} s"
+        return "running"
+    words = f"queued {progress.waited_s:.0f} s"
     workers = progress.workers
     if workers is None:
         return words
@@ -434,7 +417,8 @@ def _chat(args: argparse.Namespace, screen: Screen) -> int:
 
 def _read_line(interactive: bool) -> str | None:
     if not interactive:
-        return sys.stdin.readline() or None
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
     try:
         return input("> ")
     except EOFError:
@@ -483,6 +467,9 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser, screen: Scre
 
 
 def _doctor(args: argparse.Namespace, screen: Screen) -> int:
+    # Only here, for the time that its own imports take.
+    import doctor
+
     def show(finding: doctor.Finding) -> None:
         screen.clear()
         screen.text(f"{finding.verdict:<4}  {finding.check}: {finding.told}\n")

@@ -9,8 +9,10 @@ Everything is written once, as coroutines over a `Transport`. Those over
 
 import asyncio
 import contextlib
+import functools
+import ssl
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
@@ -72,20 +74,34 @@ class Transport(Protocol):
     async def whole(self, work: Coroutine[Any, Any, None]) -> None:
         """See `work` through, for up to CANCEL_TIMEOUT_S even when the caller is cancelled."""
 
+    def beside(self, work: Coroutine[Any, Any, None]) -> Callable[[], object] | None:
+        """Run `work` while others wait and return what ends it; None where that cannot be."""
+
     async def close(self) -> None:
         """Close the connections."""
 
 
+@functools.cache
+def _tls(scheme: str) -> ssl.SSLContext:
+    # Reading the certificates takes 0.1 s, which every new client would pay. Without TLS there
+    # is no use for them: redirects are not followed, and a context without any trusts nobody.
+    if scheme == "https":
+        return httpx2.create_ssl_context()
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
 def _options(base: str, api_key: str) -> dict[str, Any]:
+    url = urlsplit(base)
     return {
         "headers": {
             "Authorization": f"Bearer {api_key}",
             "Content-Type": "application/json",
             "User-Agent": "sealed-vllm",
         },
+        "verify": _tls(url.scheme),
         "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=100),
         # A proxy of the environment is not for this machine's own addresses.
-        "trust_env": not is_local(urlsplit(base).hostname or ""),
+        "trust_env": not is_local(url.hostname or ""),
     }
 
 
@@ -125,6 +141,10 @@ class BlockingTransport:
         """Run `work`: a blocking thread is not cancelled from outside."""
         await work
 
+    def beside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Refuse: there is one thread."""
+        work.close()
+
     async def close(self) -> None:
         """Close the connections."""
         self._http.close()
@@ -162,6 +182,10 @@ class AsyncTransport:
                 elif not task.cancelled():
                     task.exception()
             raise
+
+    def beside(self, work: Coroutine[Any, Any, None]) -> Callable[[], object]:
+        """Run `work` in a task."""
+        return asyncio.ensure_future(work).cancel
 
     async def close(self) -> None:
         """Close the connections."""

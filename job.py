@@ -98,6 +98,7 @@ class Job:
         self._submitted_s = 0.0
         self._deadline_s = float("inf")
         self._reported = ("", 0.0)
+        self._end_watch: Callable[[], object] | None = None
         self._workers: dict[str, int] | None = None
         self._workers_s = float("-inf")
 
@@ -118,6 +119,8 @@ class Job:
         except BaseException:
             await self.close()
             raise
+        if self._on_progress:
+            self._end_watch = self._endpoint.transport.beside(self._watch())
 
     async def _run(self) -> None:
         self.id = await self._endpoint.run(self._body, self._deadline_s)
@@ -136,6 +139,8 @@ class Job:
         except BaseException:
             await self.close()
             raise
+        finally:
+            self._unwatch()
         return []
 
     async def close(self) -> None:
@@ -143,6 +148,7 @@ class Job:
         if self._over:
             return
         self._over = True
+        self._unwatch()
         if self.id:
             await self._endpoint.transport.whole(self._cancel())
 
@@ -169,7 +175,8 @@ class Job:
             self._delay_s = 0.0
             return events
         await self._check_limits()
-        await self._report()
+        if self._on_progress and not self._end_watch:
+            await self._report(self._on_progress)
         if read.elapsed_s >= HELD_S:
             self._delay_s = 0.0
         else:
@@ -203,19 +210,36 @@ class Job:
                 "endpoint's number of workers"
             )
 
-    async def _report(self) -> None:
-        if self._on_progress is None:
-            return
+    async def _watch(self) -> None:
+        """Report beside the reads, which the platform may hold, until the job runs."""
+        while self._on_progress:
+            await self._report(self._on_progress)
+            if self._status != "IN_QUEUE":
+                return
+            await self._endpoint.transport.sleep(PROGRESS_S)
+            with contextlib.suppress(JobError):
+                status = str((await self._endpoint.status(self.id)).get("status"))
+                # Never back to a status that is older than what a read has told meanwhile.
+                if self._status == "IN_QUEUE":
+                    self._status = status
+
+    def _unwatch(self) -> None:
+        if self._end_watch:
+            self._end_watch()
+            self._end_watch = None
+        self._on_progress = None
+
+    async def _report(self, on_progress: Callable[[Progress], None]) -> None:
         state = "queued" if self._status == "IN_QUEUE" else "running"
         now_s = time.monotonic()
         before, at_s = self._reported
         if state == before and (state == "running" or now_s - at_s < PROGRESS_S):
             return
+        self._reported = (state, now_s)
         if state == "queued":
             await self._ask_workers()
-        self._reported = (state, now_s)
         waited_s = time.monotonic() - self._submitted_s
-        self._on_progress(Progress(state, waited_s, self.id, self._workers))
+        on_progress(Progress(state, waited_s, self.id, self._workers))
 
     async def _ask_workers(self) -> None:
         now_s = time.monotonic()
