@@ -22,8 +22,13 @@ demo: model ## send a sealed prompt through a local RunPod to the demo model
 test: model lint ## run every test, those on the real engine included (ARGS="-k word" picks some)
 	@$(PY) -m pytest $(ARGS)
 
-run: model ## start the local RunPod with one worker (settings from the environment)
-	@$(PY) local_runpod.py -- $(PY) rp_handler.py
+run: model ## start the local RunPod with one worker of the demo model (or of MODELS=)
+	@if [ -z "$$ENCRYPTION_KEY" ]; then \
+		ENCRYPTION_KEY=$$($(PY) client.py keygen); \
+		echo "export ENCRYPTION_KEY=$$ENCRYPTION_KEY"; \
+	fi; \
+	export ENCRYPTION_KEY MODELS="$${MODELS:-models/SmolLM2-135M-Instruct}"; \
+	exec $(PY) local_runpod.py $(ARGS) -- $(PY) rp_handler.py
 
 lint: setup ## check style and types
 	@$(PY) -m ruff check .

