@@ -1,0 +1,196 @@
+"""Writes the parts of README.md that are made from the code: settings, exit codes, help, files.
+
+A part stands between `<!-- made: NAME -->` and `<!-- end -->`. `--check` writes nothing and
+fails where a part is not what the code says.
+"""
+
+import argparse
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import client_config
+import commands
+import config
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+GROUPS = {
+    "The worker": (
+        "rp_handler",
+        "job_loop",
+        "replies",
+        "pacing",
+        "config",
+        "log_guard",
+        "engine",
+        "engine_options",
+        "engine_sampling",
+        "engine_tracking",
+        "chat",
+        "asgi",
+        "utils",
+        "model_cache",
+        "model_files",
+        "hub_download",
+    ),
+    "Both sides": ("protocol", "frames", "crypto", "errors"),
+    "The client": (
+        "client",
+        "commands",
+        "doctor",
+        "streams",
+        "answers",
+        "job",
+        "delivery",
+        "endpoint",
+        "client_config",
+    ),
+    "The local platform": (
+        "local_runpod",
+        "local_runpod_http",
+        "local_runpod_queue",
+        "local_runpod_workers",
+        "local_runpod_faults",
+    ),
+}
+
+OTHERS = {
+    "SPEC.md": "The wire protocol, complete: write a client in another language from it.",
+    "vectors": "Examples of every rule of SPEC.md, to test such a client with.",
+    "README.md": "This page.",
+    "AGENTS.md": "For whoever changes the code, human or tool: commands, imports, conventions.",
+    "CHANGELOG.md": "What changed, by version.",
+    "LICENSE": "Apache-2.0.",
+    "Makefile": "The commands; `make help` lists them.",
+    "Dockerfile": "The worker's image.",
+    ".dockerignore": "What the image does not need.",
+    ".runpod": "How RunPod's hub presents and tries the worker.",
+    ".ci": "What continuous integration runs.",
+    ".gitignore": "What is made and not kept.",
+    "pyproject.toml": "The client's package, and the settings of lint, types and tests.",
+    "requirements": "What is installed where, in which version, and why.",
+    "vllm_logging.json": "vLLM's logging, with the content filter of `log_guard.py`.",
+    "docs": "Longer guides.",
+    "tests": "The tests; each file says what it holds.",
+    "tools": "Scripts behind the commands.",
+}
+
+
+def worker_settings() -> str:
+    """Return the table of the worker's settings."""
+    rows = ((f"`{each.name}`", each.default, each.meaning) for each in config.SETTINGS)
+    return table(("variable", "default", "meaning"), rows)
+
+
+def client_settings() -> str:
+    """Return the table of the client's settings."""
+    rows = ((f"`{each.name}`", each.default, each.meaning) for each in client_config.SETTINGS)
+    return table(("variable", "default", "meaning"), rows)
+
+
+def exit_codes() -> str:
+    """Return the table of exit codes, from the command's own help."""
+    lines = commands.exit_codes().splitlines()[1:]
+    return table(("code", "meaning"), (line.split(maxsplit=1) for line in lines))
+
+
+def client_help() -> str:
+    """Return the command's help without the exit codes."""
+    text = commands.build_parser().format_help().partition("exit codes:")[0].rstrip()
+    return f"```console\n$ python client.py --help\n{text}\n```"
+
+
+def make_help() -> str:
+    """Return what `make help` prints."""
+    printed = subprocess.run(
+        ["make", "--silent", "--no-print-directory", "help"],  # noqa: S607 - the person's own make
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.rstrip()
+    return f"```console\n$ make help\n{printed}\n```"
+
+
+def files() -> str:
+    """Return the map of the top-level files; ValueError names one that it lacks."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],  # noqa: S607
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    present = {name.partition("/")[0] for name in listed if (ROOT / name).exists()}
+    modules = {name.removesuffix(".py") for name in present if name.endswith(".py")}
+    known = {module for group in GROUPS.values() for module in group}
+    if lacking := (modules - known) | (present - OTHERS.keys() - {f"{m}.py" for m in modules}):
+        raise ValueError(f"tools/make_docs.py has no group or line for {sorted(lacking)}")
+    parts = []
+    for title, group in GROUPS.items():
+        rows = [(f"`{name}.py`", summary(name)) for name in group if name in modules]
+        parts.append(f"**{title}**\n\n{table(('file', 'what it is'), rows)}")
+    rows = [(f"`{name}`", line) for name, line in OTHERS.items() if name in present]
+    parts.append(f"**The rest**\n\n{table(('file', 'what it is'), rows)}")
+    return "\n\n".join(parts)
+
+
+def summary(module: str) -> str:
+    """Return the first sentence of a module's docstring."""
+    text = ast.get_docstring(ast.parse((ROOT / f"{module}.py").read_text())) or ""
+    first = " ".join(text.split("\n\n")[0].split())
+    return first[0].upper() + first[1:]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "worker-settings": worker_settings,
+    "client-settings": client_settings,
+    "exit-codes": exit_codes,
+    "client-help": client_help,
+    "make-help": make_help,
+    "files": files,
+}
+_PART = re.compile(r"(<!-- made: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def made(text: str) -> str:
+    """Return the page with its parts made anew; ValueError unless each is there once."""
+    found = [match[2] for match in _PART.finditer(text)]
+    if sorted(found) != sorted(PARTS):
+        raise ValueError(f"the page has the parts {found}, wanted are {list(PARTS)}")
+    return _PART.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[3]}", text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write README.md, or with `--check` compare it; return the exit code."""
+    parser = argparse.ArgumentParser(prog="make_docs.py", description="Make README.md's parts.")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
+    check = parser.parse_args(argv).check
+    old = README.read_text()
+    new = made(old)
+    if old == new:
+        return 0
+    if check:
+        print("README.md is not what the code says; run: .venv/bin/python tools/make_docs.py")
+        return 1
+    README.write_text(new)
+    print("README.md written anew")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
