@@ -38,10 +38,9 @@ class Pieces(Generic[T, B]):
 
     async def fill(self) -> None:
         """Wait for the next pieces; the pieces before a failure come first."""
-        events = await self.job.events()
-        if not events:
-            self.done = True
         try:
+            events = await self.job.events()
+            self.done = not events
             for piece in self.builder.feed(events):
                 self.ready.append(piece)
         except SealedError as failure:

@@ -458,6 +458,13 @@ def test_an_answer_without_its_end_is_truncated(client: Either) -> None:
         client.chat(PROMPT, behaviour="no end")
 
 
+def test_an_answer_that_failed_fails_whenever_it_is_asked_for(plain: Client) -> None:
+    with plain.chat(PROMPT, stream=True, behaviour="no end") as stream:
+        for ask in (lambda: list(stream), stream.answer, stream.answer):
+            with pytest.raises(TruncatedAnswer):
+                ask()
+
+
 def test_the_truncation_test_can_fail(echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that takes the platform's COMPLETED for the end returns half an answer."""
     take = delivery.Delivery.take
