@@ -168,7 +168,7 @@ def clean_environment(given: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in given.items() if name not in own}
 
 
-async def run(prompt: str, screen: Screen, worker: tuple[str, ...] = WORKER) -> None:
+async def run(prompt: str, screen: Screen) -> None:
     """Run the demo; DemoFailed with what to look at."""
     if not (demo_model.FOLDER / "config.json").exists():
         await asyncio.to_thread(demo_model.make)
@@ -181,7 +181,7 @@ async def run(prompt: str, screen: Screen, worker: tuple[str, ...] = WORKER) -> 
         say(f"Local RunPod: {platform.base_url}/{platform.endpoint_id}")
         workers = Workers(
             platform=platform,
-            command=["sh", "-c", 'exec "$@" >"$0" 2>&1', str(LOG), *worker],
+            command=["sh", "-c", 'exec "$@" >"$0" 2>&1', str(LOG), *WORKER],
             environment={
                 **environment,
                 "MODELS": str(demo_model.FOLDER),
@@ -249,7 +249,7 @@ async def ask(prompt: str, environment: dict[str, str]) -> Told:
         # Ctrl-C is passed on below, once.
         start_new_session=True,
     )
-    assert process.stdout and process.stderr  # noqa: S101 - pipes, as told above
+    assert process.stdout and process.stderr
     errors = asyncio.create_task(process.stderr.read())
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     text, first_s = "", 0.0

@@ -6,6 +6,7 @@ fails where a part is not what the code says.
 
 import argparse
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -102,9 +103,31 @@ def exit_codes() -> str:
 
 
 def client_help() -> str:
-    """Return the command's help without the exit codes."""
-    text = commands.build_parser().format_help().partition("exit codes:")[0].rstrip()
-    return f"```console\n$ python client.py --help\n{text}\n```"
+    """Return the command's help without the exit codes, and the options of its default."""
+    printed = subprocess.run(
+        [sys.executable, "client.py", "--help"],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "100"},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    text = printed.partition("exit codes:")[0].rstrip()
+    # A table, because Python's versions lay out the help of options differently.
+    (chosen,) = (
+        action
+        for action in commands.build_parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    rows = []
+    for action in chosen.choices["ask"]._actions:
+        names = ", ".join(action.option_strings)
+        value = action.metavar or ""
+        given = " ".join(value) if isinstance(value, tuple) else value
+        if names and action.dest != "help":
+            rows.append((f"`{names}{' ' if given else ''}{given}`", action.help or ""))
+    options = table(("option of a prompt", "meaning"), rows)
+    return f"```console\n$ python client.py --help\n{text}\n```\n\n{options}"
 
 
 def make_help() -> str:
@@ -145,8 +168,7 @@ def files() -> str:
 def summary(module: str) -> str:
     """Return the first sentence of a module's docstring."""
     text = ast.get_docstring(ast.parse((ROOT / f"{module}.py").read_text())) or ""
-    first = " ".join(text.split("\n\n")[0].split())
-    return first[0].upper() + first[1:]
+    return " ".join(text.split("\n\n")[0].split())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
