@@ -182,11 +182,13 @@ class Engine:
         served_model_names: list[str],
         options: Mapping[str, str],
         gpu_memory_utilization: float,
+        core_addresses: dict[str, str] | None = None,
     ) -> None:
         """Load the model and start the engine's processes; blocks for as long as that takes.
 
         Call from the main thread, before an event loop exists: vLLM binds to the loop
-        of its first request. Raises ConfigError.
+        of its first request. With `core_addresses` (ZMQ `input_address` and
+        `output_address`) an engine core that somebody else started is used. Raises ConfigError.
         """
         self.args = serve_args(model, served_model_names, options, gpu_memory_utilization)
         try:
@@ -205,6 +207,7 @@ class Engine:
                 executor_class=Executor.get_class(config),
                 log_stats=not self.args.disable_log_stats,
                 log_requests=False,  # AsyncLLM's own default is to log them
+                client_addresses=core_addresses,
             )
         except RuntimeError as error:
             raise ConfigError([f"the engine did not start: {error}"]) from error
