@@ -286,6 +286,7 @@ def prepare_libraries(environ: MutableMapping[str, str], logging_config: Path) -
         environ["VLLM_LOGGING_LEVEL"] = "INFO"
     environ["VLLM_LOGGING_CONFIG_PATH"] = str(logging_config)
     environ["VLLM_CONFIGURE_LOGGING"] = "1"
+    environ["SAGEMAKER_CONTAINER_LOG_LEVEL"] = "ERROR"  # a part of vLLM's that logs requests
     environ["VLLM_NO_USAGE_STATS"] = "1"
     environ["VLLM_DO_NOT_TRACK"] = "1"
     environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

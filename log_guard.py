@@ -84,6 +84,8 @@ def install() -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.addFilter(ContentFilter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    # A dependency of vLLM's application raises the root logger's level when it is imported.
+    logging.getLogger("worker").setLevel(logging.INFO)
     logging.captureWarnings(True)
     for noisy in ("httpx", "httpcore", "urllib3", "aiohttp.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

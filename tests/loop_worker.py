@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runpod
+from runpod.serverless.modules import rp_scale
 
 import job_loop
 from errors import ConfigError
@@ -65,10 +66,19 @@ async def lifespan() -> AsyncIterator[None]:
     note("stopped")
 
 
+class SdkLoop(rp_scale.JobScaler):  # type: ignore[misc]
+    """The SDK's own loop, which says when it has stopped looking for jobs to run."""
+
+    async def run_jobs(self, session: Any) -> None:
+        await super().run_jobs(session)
+        note("runs no more")
+
+
 if __name__ == "__main__":
     slots = int(sys.argv[2])
     if sys.argv[3] == "sdk":
         note("started")
+        rp_scale.JobScaler = SdkLoop
         runpod.serverless.start(
             {
                 "handler": handler,

@@ -74,7 +74,7 @@ def test_a_setting_is_read(name: str, text: str, attribute: str, value: Any) -> 
 def test_every_setting_is_tried_above_and_described() -> None:
     tried = {
         mark.args[1][row][0]
-        for mark in test_a_setting_is_read.pytestmark  # type: ignore[attr-defined]
+        for mark in test_a_setting_is_read.pytestmark
         for row in range(len(mark.args[1]))
     }
     assert tried == {setting.name for setting in SETTINGS}
@@ -150,9 +150,23 @@ def test_the_official_workers_names_are_translated(name: str, meant: str) -> Non
     assert faults == [f"{name} is not a setting of this worker: use {meant}"]
 
 
+ANY_ENVIRONMENT = """
+    PATH HOME HOSTNAME LANG LC_ALL PWD OLDPWD SHLVL TERM USER LOGNAME SHELL EDITOR PS1 TZ
+    DEBIAN_FRONTEND LD_LIBRARY_PATH LD_PRELOAD PYTHONUNBUFFERED PYTHONPATH VIRTUAL_ENV
+    NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES NVIDIA_REQUIRE_CUDA CUDA_VERSION
+    CUDA_HOME CUDA_VISIBLE_DEVICES NCCL_VERSION NV_CUDA_LIB_VERSION TORCH_CUDA_ARCH_LIST
+    VLLM_USAGE_SOURCE VLLM_LOGGING_LEVEL VLLM_CACHE_ROOT HF_HUB_CACHE
+    HF_HUB_ENABLE_HF_TRANSFER TOKENIZERS_PARALLELISM OMP_NUM_THREADS MKL_NUM_THREADS
+    RUNPOD_POD_ID RUNPOD_API_KEY RUNPOD_AI_API_KEY RUNPOD_WEBHOOK_GET_JOB RUNPOD_DC_ID
+    RUNPOD_GPU_COUNT RUNPOD_MEM_GB RUNPOD_CPU_COUNT RUNPOD_PUBLIC_IP RUNPOD_TCP_PORT_22
+    RUNPOD_VOLUME_ID PUBLIC_KEY JUPYTER_PASSWORD UV_CACHE_DIR PIP_INDEX_URL HTTP_PROXY
+    HTTPS_PROXY NO_PROXY SSL_CERT_FILE
+"""
+
+
 def test_what_stands_in_any_environment_is_no_fault() -> None:
     """Names of shells, containers, CUDA images and RunPod pods."""
-    names = ["PATH", "HOME", "HOSTNAME", "LANG", "LC_ALL", "PWD", "OLDPWD", "SHLVL", "TERM", "USER", "LOGNAME", "SHELL", "EDITOR", "PS1", "TZ", "DEBIAN_FRONTEND", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONUNBUFFERED", "PYTHONPATH", "VIRTUAL_ENV", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_REQUIRE_CUDA", "CUDA_VERSION", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "NCCL_VERSION", "NV_CUDA_LIB_VERSION", "TORCH_CUDA_ARCH_LIST", "VLLM_USAGE_SOURCE", "VLLM_LOGGING_LEVEL", "VLLM_CACHE_ROOT", "HF_HUB_CACHE", "HF_HUB_ENABLE_HF_TRANSFER", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "RUNPOD_POD_ID", "RUNPOD_API_KEY", "RUNPOD_AI_API_KEY", "RUNPOD_WEBHOOK_GET_JOB", "RUNPOD_DC_ID", "RUNPOD_GPU_COUNT", "RUNPOD_MEM_GB", "RUNPOD_CPU_COUNT", "RUNPOD_PUBLIC_IP", "RUNPOD_TCP_PORT_22", "RUNPOD_VOLUME_ID", "PUBLIC_KEY", "JUPYTER_PASSWORD", "UV_CACHE_DIR", "PIP_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE"]
+    names = ANY_ENVIRONMENT.split()
     _, faults = read(**dict.fromkeys(names, "x"))
     assert faults == []
 
@@ -226,6 +240,7 @@ def test_libraries_are_told_not_to_log_content_or_report() -> None:
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_LOGGING_CONFIG_PATH": "/logging.json",
         "VLLM_CONFIGURE_LOGGING": "1",
+        "SAGEMAKER_CONTAINER_LOG_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
