@@ -120,7 +120,7 @@ def seen_in_a_terminal(command: list[str], timeout_s: float) -> tuple[int, list[
 
 @pytest.mark.engine
 def test_a_person_sees_the_answer_arrive_and_what_the_platform_saw() -> None:
-    code, reads = seen_in_a_terminal([*DEMO, PROMPT], 400)
+    code, reads = seen_in_a_terminal([*DEMO, PROMPT], 600)
     seen = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", "".join(reads))
     assert code == 0, seen
     assert re.search(r"Starting the worker … \d+ s", seen), "no seconds while it starts"

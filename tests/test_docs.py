@@ -86,7 +86,7 @@ def test_python_examples_run(worker: RunningWorker, example: str) -> None:
         timeout=120,
     )
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert ran.stdout.strip()
+    assert ran.stdout
 
 
 @pytest.mark.engine
@@ -118,7 +118,7 @@ def test_shell_commands_run(worker: RunningWorker, command: str) -> None:
         timeout=120,
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip()
+    assert ran.stdout  # a model without sense may answer with empty lines
 
 
 @pytest.mark.engine
@@ -216,6 +216,7 @@ def test_variables_that_are_named_exist() -> None:
     )
     settings = {setting.name for setting in (*config.SETTINGS, *client_config.SETTINGS)}
     others = {
+        "TIMED_OUT",
         "RUNPOD_INIT_TIMEOUT",
         "RUNPOD_SECRET_encryption_key",
         "RUNPOD_SECRET_hf_token",
