@@ -16,10 +16,11 @@ setup: ## make the environment in .venv (PYTHON=/path/to/python3 picks another P
 model: setup ## make the demo model in models/
 	@$(PY) tools/demo_model.py
 
-demo: model ## send a sealed prompt through a local RunPod to the demo model
-	@$(PY) tools/demo.py
+demo: model ## send a sealed prompt through a local RunPod to the demo model (or ARGS='"yours"')
+	@$(PY) tools/demo.py $(ARGS)
 
 test: model lint ## run every test, those on the real engine included (ARGS="-k word" picks some)
+	@$(PY) tools/tiny_models.py
 	@$(PY) -m pytest $(ARGS)
 
 run: model ## start the local RunPod with one worker of the demo model (or of MODELS=)
@@ -39,11 +40,12 @@ bench: model ## measure the worker against the bare engine (ARGS=--plot draws a 
 	@$(PY) tools/bench.py $(ARGS)
 
 contract: model ## run the engine's tests on each vLLM that is supported
+	@$(PY) tools/tiny_models.py
 	@failed=; for version in $(CONTRACT); do \
 		echo "contract: vLLM $$version"; \
 		tools/setup.sh .contract/vllm-$$version \
 			requirements/contract-$$version.txt requirements/worker.txt requirements/dev.txt && \
-		.contract/vllm-$$version/bin/python -m pytest tests/test_engine.py $(ARGS) || \
+		.contract/vllm-$$version/bin/python -m pytest tests/test_engine*.py $(ARGS) || \
 		failed="$$failed $$version"; \
 	done; \
 	[ -z "$$failed" ] || { echo "contract: failed on vLLM$$failed"; exit 1; }

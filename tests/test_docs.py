@@ -148,6 +148,11 @@ def test_plaintext_forms_are_answered_where_allowed(worker: RunningWorker, job: 
         caller.close()
 
 
+def test_continuous_integration_runs_the_command_that_is_named() -> None:
+    assert "make test " in "\n".join(blocks("sh"))
+    assert (ROOT / ".ci" / "run").read_text().endswith("\nexec make test\n")
+
+
 def test_made_parts_are_what_the_code_says() -> None:
     assert make_docs.made(README) == README, "run: .venv/bin/python tools/make_docs.py"
 
