@@ -94,6 +94,12 @@ def install() -> None:
     os.register_at_fork(after_in_child=_die_with_parent)
 
 
+def install_in_child() -> None:
+    """Guard a process that was not forked but started anew; it dies with the one that did so."""
+    guard_exceptions()
+    _die_with_parent()
+
+
 def guard_exceptions() -> None:
     """Replace every hook that would print an uncaught exception's message."""
 

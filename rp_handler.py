@@ -397,5 +397,5 @@ if __name__ == "__main__":
     sys.stderr.flush()
     # Threads of the engine and the SDK must not be able to hold a worker that has ended.
     os._exit(code)
-elif __name__ == "__mp_main__":
-    log_guard.guard_exceptions()
+elif __name__ == "__mp_main__":  # a process of vLLM's, started anew with this file
+    log_guard.install_in_child()

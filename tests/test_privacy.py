@@ -119,7 +119,8 @@ def requests(word: Words, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
         },
     )
     json_schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
-    yield "generate", {"messages": messages, "response_format": json_schema}
+    bounded = {"sampling_params": {"max_tokens": 60}}
+    yield "generate", {"messages": messages, "response_format": json_schema, **bounded}
     yield (
         "generate",
         {"messages": messages, "tools": [tool], "tool_choice": "none"} | {"sampling_params": short},
@@ -151,7 +152,8 @@ def requests(word: Words, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "generate", {"prompt": "x", "response_format": {"type": wrong}}
     yield "generate", {"prompt": f"{wrong} " * 1500}
     yield "generate", {"messages": [{"role": "user", "content": [{"type": wrong, wrong: wrong}]}]}
-    yield "generate", {"messages": messages, "chat_template_kwargs": {"chat_template": wrong}}
+    template = {"chat_template_kwargs": {"chat_template": wrong}, "sampling_params": short}
+    yield "generate", {"messages": messages, **template}
     yield CHAT, {**chat, "model": wrong}
     yield CHAT, {**chat, "temperature": wrong}
     yield CHAT, {**chat, "messages": [{"role": "user", "content": {wrong: wrong}}]}

@@ -392,7 +392,7 @@ class TestDelivery:
             "no route": caller.ask("/v1/nothing", {}),
         }
         sizes = {name: {len(chunk) for chunk in a.chunks} for name, a in answers.items()}
-        assert sizes == dict.fromkeys(answers, {1489})
+        assert sizes == {name: {1489} for name in answers}
         # What says more at once goes by steps, which tell little.
         steps = {len(chunk) for chunk in caller.ask("worker", None).chunks}
         steps |= {len(chunk) for chunk in caller.ask(CHAT, {**body, "stream": False}).chunks}
@@ -651,6 +651,19 @@ def test_sigterm_lets_running_jobs_finish_and_leaves_no_process(
     assert [caller.read(job).text for job in jobs] == [LONG_TEXT] * 2
     assert code == 0
     assert worker.processes() == []
+
+
+def test_death_of_an_idle_engine_ends_the_worker(
+    platform: LocalRunpod, worker: RunningWorker, caller: Caller
+) -> None:
+    """Last of this worker's tests."""
+    worker.kill_child()
+    killed = time.monotonic()
+    assert worker.process.wait(15) == 1
+    assert time.monotonic() - killed < 10
+    late = caller.send("generate", saying("x"))
+    assert platform.jobs[late.job_id].status is Status.IN_QUEUE
+    until(lambda: not worker.processes(), 10, "all its processes are gone")
 
 
 # --- a start that cannot work ---------------------------------------------------------------

@@ -339,7 +339,7 @@ class Caller:
         self.http.post(f"/cancel/{job_id}")
 
     def read(self, sent: Sent, timeout_s: float = 90) -> Answered:
-        """Return the answer, every chunk opened; doubled chunks are kept, frames not."""
+        """Return the answer: every chunk opened, and the events of the last attempt."""
         opener = AnswerOpener(sent.request, sent.key)
         chunks: list[str] = []
         arrived_s: list[float] = []
@@ -351,7 +351,8 @@ class Caller:
         error = self.status(sent.job_id).get("error")
         opened = [opener.open(chunk) for chunk in chunks]
         answered = Answered(status, error, chunks, arrived_s, opened)
-        by_number = {chunk.seq: chunk for chunk in reversed(opened)}
+        last = [chunk for chunk in opened if chunk.salt == opened[-1].salt]
+        by_number = {chunk.seq: chunk for chunk in reversed(last)}
         if sorted(by_number) == list(range(len(by_number))):
             decoder = FrameDecoder()
             for _, chunk in sorted(by_number.items()):
