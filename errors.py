@@ -8,7 +8,7 @@ SealedError
 │   ├── ModelOffline          not in the cache and the Hub cannot be reached
 │   ├── ModelIncomplete       files are missing, truncated or of the wrong size
 │   └── DiskFull              the volume has no room; says how many GB are needed
-├── RequestError            an authenticated request that cannot be served; becomes an OpenAI error object
+├── RequestError            an opened request that cannot be served; becomes an OpenAI error
 │   └── EngineDead            the engine process died; this worker will exit
 ├── Rejected                a request that could not be opened; constant, tells nothing
 ├── AnswerError             an answer that must not be believed (client side)

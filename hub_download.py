@@ -165,7 +165,7 @@ def _child(
             messages.put(None)
 
     command = [sys.executable, str(Path(__file__).resolve())]
-    with subprocess.Popen(  # noqa: S603 - this very file
+    with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
     ) as child:
         reader = threading.Thread(target=pump, args=(child.stdout,), daemon=True)

@@ -28,7 +28,7 @@ from tests.hub import Hub
 from utils import Patience, Snapshot
 
 ROOT = Path(utils.__file__).parent
-TOKEN = "hf_secretTokenOfTheTest"  # noqa: S105 - opens nothing
+TOKEN = "hf_secretTokenOfTheTest"
 SHARD_1 = "model-00001-of-00002.safetensors"
 SHARD_2 = "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -590,7 +590,7 @@ def test_a_killed_worker_leaves_a_cache_that_the_next_one_completes(
         "utils.resolve('org/tiny', hub_cache=Path(sys.argv[1]), endpoint=sys.argv[2])"
     )
     command = [sys.executable, "-c", script, str(cache), hub.url]
-    with subprocess.Popen(command, cwd=ROOT) as worker:  # noqa: S603
+    with subprocess.Popen(command, cwd=ROOT) as worker:
         until(lambda: hub.count(f"GET /cdn/*{SHARD_2}") and hub.count(f"GET /cdn/*{SHARD_1}"))
         until(lambda: any(p.stat().st_size for p in cache.rglob("*.incomplete")))
         worker.send_signal(signal.SIGKILL)
@@ -631,7 +631,7 @@ def test_full_disk_names_what_is_needed(
 def no_room(volume: Path) -> Iterator[None]:
     volume.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=350k", "tmpfs", str(volume)]
-    mounted = shutil.which("mount") and not subprocess.run(mount, capture_output=True).returncode  # noqa: S603
+    mounted = shutil.which("mount") and not subprocess.run(mount, capture_output=True).returncode
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if not mounted:
         resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, hard))
@@ -640,7 +640,7 @@ def no_room(volume: Path) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         if mounted:
-            subprocess.run(["umount", str(volume)], check=True)  # noqa: S603, S607
+            subprocess.run(["umount", str(volume)], check=True)
 
 
 def test_progress_is_told_but_not_too_often(

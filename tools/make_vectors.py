@@ -19,9 +19,9 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from crypto import AnswerSealer, Key, SimpleSealer, b64, new_request, seal_request  # noqa: E402
-from frames import Body, End, Event, FrameEncoder, Head, Sse, Text  # noqa: E402
-from protocol import Request, pad_request  # noqa: E402
+from crypto import AnswerSealer, Key, SimpleSealer, b64, new_request, seal_request
+from frames import Body, End, Event, FrameEncoder, Head, Sse, Text
+from protocol import Request, pad_request
 
 NOW = 1_790_000_000
 AUDIENCE = "abc123endpoint"
