@@ -82,13 +82,16 @@ class AsgiCall:
 
     async def _next(self) -> Message:
         message = await self._messages.get()
-        if message is None:
-            await self._task  # raises what the application raised
-            raise RuntimeError("the application ended without ending its response")
-        return message
+        return await self._fail() if message is None else message
+
+    async def _fail(self) -> Message:
+        if self._gone.is_set():
+            raise ConnectionAbortedError("the call was closed")
+        await self._task  # raises what the application raised
+        raise RuntimeError("the application ended without ending its response")
 
     async def start(self) -> Start:
-        """Wait for the response to begin."""
+        """Wait for the response to begin; ConnectionAbortedError once the call is closed."""
         message = await self._next()
         headers = {
             name.decode("latin-1").lower(): value.decode("latin-1")
@@ -113,10 +116,6 @@ class AsgiCall:
             more = message.get("more_body", False)
             yield [part["body"] for part in gathered if part.get("body")], not more
 
-    async def _fail(self) -> Message:
-        await self._task
-        raise RuntimeError("the application ended without ending its response")
-
     def disconnect(self) -> None:
         """Tell the application that its client has gone."""
         self._gone.set()
@@ -132,3 +131,5 @@ class AsgiCall:
             self._task.cancel()
         with contextlib.suppress(BaseException):
             await self._task
+        with contextlib.suppress(asyncio.QueueFull):
+            self._messages.put_nowait(None)  # wakes whoever still waits for a message

@@ -32,8 +32,8 @@ from vllm.v1.executor import Executor
 from asgi import AsgiCall
 from chat import ChatReader, chat_call
 from engine_options import serve_args
-from engine_sampling import choice_details, prompt_logprobs, sampling_params
-from engine_tracking import TrackedCall, TrackedLLM, current_call
+from engine_sampling import choice_details, parameter_of, prompt_logprobs, sampling_params
+from engine_tracking import TrackedCall, TrackedLLM, cancelled, current_call
 from errors import ConfigError, EngineDead, RequestError
 from frames import AnswerEvent, Body, End, Event, Head, Sse, Text
 from protocol import GENERATE, Call, GenerateBody, parse_generate
@@ -79,7 +79,8 @@ class Run:
     """One call on its way through the engine: iterate `batches()`, then `aclose()`.
 
     `aclose()` may be called from any task, also while `batches()` is being
-    iterated, and leaves nothing of the call running in the engine.
+    iterated, which then ends with RequestError, and leaves nothing of the call
+    running in the engine.
     """
 
     def __init__(self, engine: "Engine", call: Call, tracked: TrackedCall) -> None:
@@ -99,16 +100,22 @@ class Run:
         try:
             async with contextlib.aclosing(produce()) as batches:
                 async for batch, last in batches:
-                    if self._engine.dead:  # vLLM's routes end a stream as if nothing had happened
+                    # vLLM ends both kinds of stream as if nothing had happened.
+                    if self._engine.dead:
                         raise EngineDead
+                    if self._tracked.closed:
+                        raise cancelled()
                     if last:
                         batch.append(End(self.usage.tokens(), self.usage.timings()))
                     yield batch
         except Exception as error:
+            if self._tracked.closed and not self._engine.dead:
+                raise cancelled() from None
             raise self._engine.request_error(error) from None
 
     async def aclose(self) -> None:
         """Stop whatever of the call still runs; harmless when nothing does."""
+        self._tracked.closed = True  # what has not reached the engine yet never will
         if self._tracked.request_ids and not self._engine.dead:
             await self._engine.llm.abort(list(self._tracked.request_ids))
         if self._asgi is not None:
@@ -118,11 +125,7 @@ class Run:
         """Answer by vLLM's own route."""
         call = self._call
         if call.route not in self._engine.routes:
-            raise RequestError(
-                f"no such route: {call.route!r}; this worker has {', '.join(self._engine.routes)}",
-                status=404,
-                type="NotFoundError",
-            )
+            raise self._engine.no_such_route(call.route)
         method = ROUTES[call.route]
         if method != call.method:
             raise RequestError(f"{call.route} takes {method}", status=405)
@@ -147,6 +150,8 @@ class Run:
     async def _generate(self) -> AsyncGenerator[Batch, None]:
         """Answer the `generate` route: text deltas straight from the engine."""
         engine = self._engine
+        if "generate" not in engine.tasks:
+            raise engine.no_such_route(GENERATE)
         body = parse_generate(self._call.body)
         lora = engine.adapter(body.model)
         params = sampling_params(body, engine.default_sampling_params)
@@ -299,6 +304,14 @@ class Engine:
             param="model",
         )
 
+    def no_such_route(self, route: str) -> RequestError:
+        """Return the 404 that names the routes of the loaded model."""
+        return RequestError(
+            f"no such route: {route!r}; this worker has {', '.join(self.routes)}",
+            status=404,
+            type="NotFoundError",
+        )
+
     async def render(self, body: GenerateBody) -> Any:
         """Return the engine's input: chat template applied, or prompt taken as it is; tokenised."""
         renderer = self.llm.renderer
@@ -344,7 +357,10 @@ class Engine:
         client_error = any(base.__name__ == "VLLMClientError" for base in type(error).__mro__)
         if client_error or isinstance(error, ValueError | TypeError | TemplateError):
             message = str(error.args[0]) if error.args else str(error)
-            return RequestError(message, param=getattr(error, "parameter", None))
+            param = parameter_of(error)
+            if param is not None and param not in message:
+                message = f"{param}: {message}"
+            return RequestError(message, param=param)
         log.error("unexpected %s while serving a request", type(error).__name__)
         return RequestError("the worker failed", status=500, type="InternalServerError")
 

@@ -100,7 +100,9 @@ def sampling_params(body: GenerateBody, defaults: Mapping[str, Any]) -> Sampling
         if structured is not None:
             raise RequestError("give either `response_format` or `structured_outputs`")
         structured = _structured_outputs(body.response_format)
-    _only_known("repetition_detection", given.get("repetition_detection"), RepetitionDetectionParams)
+    _only_known(
+        "repetition_detection", given.get("repetition_detection"), RepetitionDetectionParams
+    )
     # What the model's authors recommend applies unless the request says otherwise; the
     # length does not, since an answer may fill the context (SPEC section 8.1).
     merged = {"max_tokens": None, **defaults, **given}

@@ -14,6 +14,8 @@ from typing import Any
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from errors import RequestError
+
 
 @dataclass(slots=True)
 class Usage:
@@ -58,6 +60,12 @@ class TrackedCall:
     cache_salt: str
     usage: Usage = field(default_factory=Usage)
     request_ids: set[str] = field(default_factory=set)
+    closed: bool = False
+
+
+def cancelled() -> RequestError:
+    """Return what ends a call that was closed; nobody should be waiting for it."""
+    return RequestError("the request was cancelled", status=499, type="Cancelled")
 
 
 current_call: contextvars.ContextVar[TrackedCall | None] = contextvars.ContextVar(
@@ -82,6 +90,8 @@ class TrackedLLM(AsyncLLM):
         call = current_call.get()
         if call is None:
             return await super().add_request(request_id, prompt, params, *args, **kwargs)
+        if call.closed:
+            raise cancelled()
         request_id = f"{call.number}-{request_id}"
         call.request_ids.add(request_id)
         if isinstance(prompt, dict):
@@ -91,6 +101,8 @@ class TrackedLLM(AsyncLLM):
         if isinstance(params, SamplingParams) and self.stream_interval > 1:
             params.stream_interval = max(self.stream_interval, params.stream_interval or 1)
         collector = await super().add_request(request_id, prompt, params, *args, **kwargs)
+        if call.closed:  # while it was on its way: then its end found nothing to abort
+            await self.abort(request_id)
         if call.usage.accepted is None:
             call.usage.accepted = time.perf_counter()
         return collector
