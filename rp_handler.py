@@ -299,12 +299,12 @@ def main() -> int:
     try:
         handler, engine = boot(config.take_secrets(environ))
     except (ConfigError, ModelError) as error:
-        log.error("the worker cannot start:\n%s", error)
+        log.error("the worker cannot start:\n%s", str(error))
         return 1
     try:
         return serve(handler, engine)
     except ConfigError as error:
-        log.error("the worker cannot start:\n%s", error)
+        log.error("the worker cannot start:\n%s", str(error))
         return 1
 
 
@@ -373,10 +373,15 @@ def serve(handler: Handler, engine: "Engine") -> int:
 
 
 def end_children() -> None:
-    """Kill every process this one started and that is still there."""
+    """Kill every process this one started and that is still there.
+
+    But the one that removes the engine's shared memory: it does so, and ends, when the
+    others are gone.
+    """
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            child.kill()
+            if "multiprocessing.resource_tracker" not in " ".join(child.cmdline()):
+                child.kill()
 
 
 def _run() -> int:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -508,7 +509,7 @@ class TestDelivery:
 
 @pytest.fixture(scope="module")
 def narrow(
-    platform: LocalRunpod, worker: RunningWorker, tmp_path_factory: pytest.TempPathFactory
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[RunningWorker, Caller]]:
     """A worker that serves plaintext, two jobs at a time, one of them in the engine."""
     with (
@@ -647,10 +648,13 @@ def test_sigterm_lets_running_jobs_finish_and_leaves_no_process(
     jobs = [caller.send("generate", saying(LONG_TEXT)) for _ in range(2)]
     caller.first_chunk(jobs[0])
     assert len(worker.processes()) >= 3
+    shared = worker.shared_memory()
+    assert shared
     code = worker.stop(90)
     assert [caller.read(job).text for job in jobs] == [LONG_TEXT] * 2
     assert code == 0
-    assert worker.processes() == []
+    until(lambda: not worker.processes(), 5, "all its processes are gone")
+    assert not any(Path(path).exists() for path in shared)
 
 
 def test_death_of_an_idle_engine_ends_the_worker(

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -104,9 +105,12 @@ def test_a_worker_that_is_killed_leaves_nothing_and_its_job_runs_again(
     caller.first_chunk(sent)
     worker = worker_of(sent, platform, workers)
     assert len(worker.processes()) >= 4  # itself, the SDK's ping, the engine and its worker
+    shared = worker.shared_memory()
     worker.process.kill()
     worker.process.wait(10)
     until(lambda: not worker.processes(), 10, "all its processes are gone")
+    assert shared
+    assert not any(Path(path).exists() for path in shared)
     platform.lose(worker.name)
     answered = caller.read(sent)
     assert worker_of(sent, platform, workers) is not worker

@@ -140,6 +140,15 @@ class RunningWorker:
                     found.append(process)
         return found
 
+    def shared_memory(self) -> set[str]:
+        """Return the files in memory that its processes share."""
+        found = set()
+        for process in self.processes():
+            with contextlib.suppress(OSError):
+                maps = Path(f"/proc/{process.pid}/maps").read_text()
+                found |= {line.split()[5] for line in maps.splitlines() if "/dev/shm/psm_" in line}
+        return found
+
     def child(self, title: str = "VLLM::EngineCore") -> psutil.Process | None:
         """Return the engine's process, or its `VLLM::Worker`, which a test may kill."""
         for process in self.processes():
