@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from errors import ConfigError, Rejected, RequestError, TamperedChunk
 from protocol import (
+    CELL_BYTES,
     CLOCK_SKEW_S,
     MAX_CHUNK_BYTES,
     MAX_REQUEST_BYTES,
@@ -493,6 +494,9 @@ class AnswerSealer:
 
 MAX_PAYLOAD_BYTES = MAX_CHUNK_BYTES - _CHUNK_HEADER.size
 """Longest payload of one chunk."""
+
+CELL_PAYLOAD_BYTES = CELL_BYTES - _CHUNK_HEADER.size
+"""Longest payload of a chunk of the smallest size."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -326,6 +326,12 @@ class Engine:
             **(self.args.default_chat_template_kwargs or {}),
             **(body.chat_template_kwargs or {}),
         }
+        if "chat_template" in kwargs and not self.args.trust_request_chat_template:
+            raise RequestError(
+                "a chat template of the request's own needs TRUST_REQUEST_CHAT_TEMPLATE=true "
+                "on the worker",
+                param="chat_template_kwargs",
+            )
         continued = bool(body.continue_final_message)
         generation_prompt = body.add_generation_prompt
         if continued and generation_prompt:

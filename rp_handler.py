@@ -26,12 +26,11 @@ import config
 import log_guard
 import utils
 from config import Settings
-from crypto import KeyRing, ReplayGuard, RequestOpener, open_simple
+from crypto import CELL_PAYLOAD_BYTES, KeyRing, ReplayGuard, RequestOpener, open_simple
 from errors import ConfigError, EngineDead, ModelError, Rejected, RequestError
 from frames import AnswerEvent, Body, End, Head
 from pacing import paced
 from protocol import (
-    CELL_BYTES,
     GENERATE,
     WORKER,
     Call,
@@ -46,9 +45,6 @@ if TYPE_CHECKING:
     from engine import Engine, Run
 
 VERSION = "0.1.0"
-
-CELL_PAYLOAD_BYTES = CELL_BYTES - 9
-"""Payload of the smallest chunk: its header takes 9 bytes (SPEC section 5)."""
 
 log = logging.getLogger("worker")
 
@@ -198,6 +194,7 @@ class Handler:
 
     async def _events(self, asked: _Asked, state: _Job) -> AsyncIterator[list[AnswerEvent]]:
         """Yield the events of the answer; whatever goes wrong becomes its End."""
+        refused = 0
         try:
             if asked.error is not None:
                 raise asked.error
@@ -206,8 +203,9 @@ class Handler:
             else:
                 state.run = self._engine.run(asked.call, f"{self._salt}:{asked.key_name}")
                 async for batch in state.run.batches():
+                    refused |= _refusal(batch)
                     yield batch
-            state.outcome = "done"
+            state.outcome = f"error:{refused}" if refused else "done"
         except Exception as error:
             yield [self._failure(error, state)]
 
@@ -280,6 +278,12 @@ class _PlainError:
             for event in events
             if isinstance(event, End)
         ]
+
+
+def _refusal(batch: list[AnswerEvent]) -> int:
+    """Return the HTTP status with which one of vLLM's routes refuses, else 0."""
+    head = batch[0] if batch else None
+    return head.status if isinstance(head, Head) and head.status >= 400 else 0
 
 
 def _is_end(batch: list[AnswerEvent]) -> bool:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 import client_config
 import config
+import rp_handler
 from local_runpod import LocalRunpod
 from tests.workers import MODEL, ROOT, Caller, RunningWorker
 from tools import make_docs, tiny_models
@@ -229,3 +231,9 @@ def test_variables_that_are_named_exist() -> None:
     }
     named = set(re.findall(r"\b[A-Z]+(?:_[A-Za-z]+)+\b", README))
     assert named <= settings | others | set(ran.stdout.split())
+
+
+def test_the_worker_tells_the_version_of_the_package() -> None:
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert package == rp_handler.VERSION
+    assert f"## {package}" in (ROOT / "CHANGELOG.md").read_text()
