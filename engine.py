@@ -348,7 +348,12 @@ class Engine:
                 "tokenize": False,
             },
         )
-        _, (rendered,) = await renderer.render_chat_async([cast(Any, body.messages)], params)
+        try:
+            _, (rendered,) = await renderer.render_chat_async([cast(Any, body.messages)], params)
+        except (LookupError, AttributeError) as error:  # what a message lacks
+            raise RequestError(
+                "generate: `messages` holds something that is not a chat message", param="messages"
+            ) from error
         return rendered
 
     def request_error(self, error: Exception) -> RequestError:

@@ -314,6 +314,19 @@ async def test_a_prompt_of_the_whole_context_is_refused_and_one_less_is_not(
         await generate(engine, prompt=[100] * 256)
 
 
+async def test_a_request_brings_no_chat_template(engine: Engine) -> None:
+    kwargs = {"chat_template": "{{ 'mine' }}"}
+    with pytest.raises(RequestError, match="chat template"):
+        await generate(engine, messages=user("x"), chat_template_kwargs=kwargs, max_tokens=1)
+    with_tools: dict[str, Any] = {
+        "messages": user("x"),
+        "chat_template_kwargs": kwargs,
+        "tools": [WEATHER],
+    }
+    with pytest.raises(RequestError, match="chat template"):
+        await generate(engine, max_tokens=1, **with_tools)
+
+
 async def test_the_worker_tells_what_the_engine_is(engine: Engine) -> None:
     about = engine.about()
     assert about["models"] == ["tiny"]
