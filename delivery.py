@@ -23,8 +23,10 @@ from errors import (
 )
 from frames import AnswerEvent, End, FrameDecoder, Head
 
-NOT_AN_ANSWER = frozenset({"already_running", "replayed"})
-"""Error codes of an attempt that only says that another attempt is the answer (SPEC section 10)."""
+_RESTARTED = (
+    "the platform ran the job again after part of the answer had been delivered "
+    "(its worker died, or the job was handed out twice); send the request again"
+)
 
 
 class Opener(Protocol):
@@ -48,6 +50,10 @@ class _Attempt:
     def __init__(self) -> None:
         self.events: list[AnswerEvent] = []
         self.end: End | None = None
+        self.has_begun = False
+        """Whether there is more than a head, which alone commits to nothing."""
+        self.refused = False
+        """Whether this attempt only says that another one is the answer (SPEC section 10)."""
         self.next_seq = 0
         self.held: dict[int, OpenedChunk] = {}
         self._seen: dict[int, int] = {}
@@ -82,23 +88,14 @@ class _Attempt:
                 "the worker's answer has a form that this client does not know "
                 f"({error}); are worker and client of the same version?"
             ) from None
+        said = self.has_begun
         self.events += events
+        self.has_begun = said or any(not isinstance(event, Head) for event in events)
         if chunk.final and isinstance(events[-1], End):
             self.end = events[-1]
-
-    @property
-    def refused(self) -> bool:
-        """Whether this attempt only says that another one is the answer."""
-        return (
-            self.end is not None
-            and self.end.error is not None
-            and self.end.error.get("code") in NOT_AN_ANSWER
-        )
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether there is more than a head, which alone commits to nothing."""
-        return any(not isinstance(event, Head) for event in self.events)
+            only_end = not said and all(isinstance(event, Head | End) for event in events)
+            code = self.end.error.get("code") if self.end.error else None
+            self.refused = only_end and code in ("already_running", "replayed")
 
 
 class Delivery:
@@ -142,10 +139,7 @@ class Delivery:
             if not self._streamed and attempt.end is None:
                 return []
             if self._followed is not None:
-                raise RestartedAnswer(
-                    "the platform ran the job again after part of the answer had been delivered "
-                    "(its worker died, or the job was handed out twice); send the request again"
-                )
+                raise RestartedAnswer(_RESTARTED)
             self._followed = attempt
         self.ended = attempt.end is not None
         events, attempt.events = attempt.events, []
@@ -159,6 +153,8 @@ class Delivery:
             error = refusal and end_error(refusal)
             if error:
                 return error
+        if self._followed is not None and len(candidates) > 1:
+            return RestartedAnswer(_RESTARTED)
         gaps = [attempt for attempt in candidates if attempt.held]
         if gaps:
             return MissingChunk(

@@ -119,6 +119,11 @@ class FrameEncoder:
                 return _frame(END, msgspec.json.encode(end))
 
     def _encode_sse(self, data: bytes) -> bytes:
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            # Event streams are UTF-8; who reads one sees the same replacement characters.
+            data = data.decode(errors="replace").encode()
         if b"\0" in data:
             return _frame(SSE, data)
         # Most events repeat the one before but for one text: compare both ends, skip the search.
@@ -203,14 +208,23 @@ class FrameDecoder:
             case 5:
                 if len(self._templates) == MAX_TEMPLATES:
                     raise ValueError("too many templates")
-                self._templates.append(data.split(b"\0"))
+                data.decode()
+                pieces = data.split(b"\0")
+                if len(pieces) < 2:
+                    raise ValueError("a template without a hole")
+                self._templates.append(pieces)
                 return None
             case 6:
+                data[_INDEX.size :].decode()
                 return Sse(self._fill(_index(data), data[_INDEX.size :].split(b"\0")))
             case 7:
+                data.decode()
                 return Sse(data)
             case 8:
-                end = msgspec.convert(strict_json(data), End)
+                value = msgspec.convert(strict_json(data), dict[str, Any])
+                if "error" not in value:
+                    raise ValueError("END without `error`")
+                end = msgspec.convert(value, End)
                 self.ended = True
                 return end
             case _:

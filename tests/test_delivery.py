@@ -195,6 +195,47 @@ def test_a_new_attempt_after_delivery_is_an_error_that_says_so() -> None:
         subject.take(alive)
 
 
+def test_a_new_attempt_is_judged_by_its_first_frame() -> None:
+    begun, refused = seal(WORDS), seal([refusal("already_running")])
+    for other in ([], AnswerSealer(REQUEST, KEY).seal(b""), seal(WORDS)[:1], seal(WORDS)[2:3]):
+        subject = new()
+        assert text(subject.take([*begun[:3], *other, *refused, *begun[3:]])) == TEXT
+        assert subject.ended
+
+
+def test_an_attempt_that_said_something_is_not_one_that_points_at_another() -> None:
+    begun, other = seal(WORDS)[:3], seal([Text(0, "uno"), refusal("replayed")])
+    with pytest.raises(RestartedAnswer):
+        new().take([*begun, *other])
+    for streamed in (True, False):
+        subject = new(streamed=streamed)
+        assert text(subject.take(other)) == "uno"
+        assert subject.ended
+
+
+def test_what_is_left_of_two_attempts_is_a_restarted_answer() -> None:
+    subject = new()
+    subject.take([*seal(WORDS)[:3], seal(WORDS)[4]])
+    assert isinstance(subject.fault(), RestartedAnswer)
+
+
+def test_several_refusals_are_the_first_ones_error() -> None:
+    subject = new()
+    subject.take([*seal([refusal("already_running")]), *seal([refusal("replayed")])])
+    fault = subject.fault()
+    assert isinstance(fault, RequestError) and fault.code == "already_running"
+
+
+def test_the_end_is_the_last_byte_of_the_final_chunk() -> None:
+    payload = FrameEncoder().encode(WORDS)
+    early = AnswerSealer(REQUEST, KEY)
+    with pytest.raises(AnswerError, match="final chunk"):
+        new().take([*early.seal(payload), *early.seal(b"", final=True)])
+    cut = AnswerSealer(REQUEST, KEY)
+    chunks = [*cut.seal(payload[:-1]), *cut.seal(payload[-1:], final=True)]
+    assert text(new().take(chunks)) == TEXT
+
+
 def test_a_whole_answer_follows_whichever_attempt_ends() -> None:
     dead, alive = seal(WORDS)[:4], seal(WORDS)
     subject = new(streamed=False)

@@ -70,7 +70,7 @@ lines = st.one_of(
         st.integers(0, 999),
         texts,
     ),
-    st.binary().map(Sse),
+    texts.map(lambda text: Sse(text.encode())),
     st.lists(
         st.sampled_from([b'"content":"', b'"', b"\\", b"\\\\", b'"text":"a"', b"\0", b",", b"1"])
     ).map(lambda parts: Sse(b"".join(parts))),
@@ -149,6 +149,12 @@ def test_a_lone_surrogate_does_not_end_the_answer() -> None:
     assert decode([FrameEncoder().encode([Text(0, "a\ud800b")])]) == [Text(0, "a?b")]
 
 
+def test_what_is_not_utf8_does_not_end_an_event_stream() -> None:
+    broken = [Sse(b'{"text":"\xff"}'), Sse(b'{"text":"\xc3"}')]
+    mended = [Sse('{"text":"\ufffd"}'.encode())] * 2
+    assert decode([FrameEncoder().encode(broken)]) == mended
+
+
 def test_pending_and_ended() -> None:
     data = FrameEncoder().encode([END])
     decoder = FrameDecoder()
@@ -178,7 +184,16 @@ def test_pending_and_ended() -> None:
         frame(6, b"\0"),
         frame(5, b"a\0b") + frame(6, b"\0\0x\0y"),
         frame(5, b"a\0b") + frame(6, b"\0\1x"),
+        frame(3, b"x"),
+        frame(5, b""),
+        frame(5, b"only one piece"),
+        frame(5, b"\xff\0"),
+        frame(5, b"a\0b") + frame(6, b"\0\0\xff"),
+        frame(7, b"\xff"),
         frame(8, b"{}"),
+        frame(8, b'{"usage":null,"timings":{}}'),
+        frame(8, b'{"usage":null,"error":null}'),
+        frame(8, b'{"usage":null,"timings":null,"error":null}'),
         frame(8, b'{"usage":1,"timings":{},"error":null}'),
         frame(8, b'{"usage":null,"timings":{},"error":null}') + frame(7, b"x"),
         frame(7, b"x") + frame(1, b'{"status":200,"kind":"body","content_type":""}'),
