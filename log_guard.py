@@ -91,13 +91,13 @@ def install() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     guard_exceptions()
     # A worker that is killed must not leave a child that goes on telling the platform it lives.
-    os.register_at_fork(after_in_child=_die_with_parent)
+    os.register_at_fork(after_in_child=die_with_parent)
 
 
 def install_in_child() -> None:
     """Guard a process that was not forked but started anew; it dies with the one that did so."""
     guard_exceptions()
-    _die_with_parent()
+    die_with_parent()
 
 
 def guard_exceptions() -> None:
@@ -118,6 +118,7 @@ def guard_exceptions() -> None:
     traceback.print_exc = print_exc  # what multiprocessing prints of a child's exception
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Let the kernel kill this process when the thread that started it is gone."""
     libc: Any = CDLL(None)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

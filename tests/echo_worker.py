@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runpod
 
+import log_guard
 from crypto import AnswerSealer, KeyRing, RequestOpener
 from errors import Rejected, RequestError
 from frames import AnswerEvent, Body, End, Event, FrameEncoder, Head, Sse, Text
@@ -149,6 +150,8 @@ async def generate(content: bytes, job_id: str) -> AsyncIterator[Said]:
 
 
 if __name__ == "__main__":
+    # The SDK's ping process would outlive a worker that a test kills.
+    os.register_at_fork(after_in_child=log_guard.die_with_parent)
     runpod.serverless.start(
         {
             "handler": handle,
