@@ -8,7 +8,7 @@ import pytest
 import crypto
 import protocol
 from crypto import AnswerSealer, Key, generate_key, new_request, seal_request
-from errors import Rejected
+from errors import Rejected, RequestError
 from frames import MAX_TEMPLATES
 
 ROOT = Path(protocol.__file__).parent
@@ -57,6 +57,8 @@ def test_numbers_in_the_text_are_the_codes() -> None:
         len(chunk),
         len(seal_request(request, key)),
         protocol.CELL_BYTES - crypto._CHUNK_HEADER.size,
+        crypto.MAX_PAYLOAD_BYTES,
+        crypto._CHUNK_PREFIX_CHARS + crypto._MAX_CIPHERTEXT_CHARS,
     ):
         assert f"{number:,}" in SPEC
     assert f"at most {protocol.MAX_DEPTH} deep" in SPEC
@@ -65,6 +67,24 @@ def test_numbers_in_the_text_are_the_codes() -> None:
     assert f"Default longest life: {protocol.MAX_TTL_S // 3600} h." in SPEC
     assert f"begins with `{crypto._TIME_ZERO}`" in SPEC
     assert f"`{Rejected.TEXT}`" in SPEC
+
+
+def test_the_largest_request_is_what_the_text_says() -> None:
+    key = Key.parse(generate_key())
+    found = re.search(r"a JSON of at most\s+([\d,]+) bytes", SPEC)
+    assert found
+    largest = int(found[1].replace(",", ""))
+    body = b'{"prompt":"%s"}' % (b"x" * 1000)
+    request = new_request("generate", body, audience="a", ttl_s=1)
+    room = largest - len(request.encode())
+    for more, fits in ((room, True), (room + 1, False)):
+        body = b'{"prompt":"%s"}' % (b"x" * (1000 + more))
+        request = new_request("generate", body, audience="a", ttl_s=1)
+        if fits:
+            assert len(seal_request(request, key)) <= protocol.MAX_REQUEST_BYTES
+        else:
+            with pytest.raises(RequestError, match="too large"):
+                seal_request(request, key)
 
 
 def test_tables_list_the_members_that_code_has() -> None:

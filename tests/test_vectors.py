@@ -9,7 +9,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,18 @@ from hypothesis import strategies as st
 
 import crypto
 from delivery import Delivery
-from errors import AnswerError, ConfigError, Rejected, RequestError, TamperedChunk
+from errors import (
+    AnswerError,
+    ConfigError,
+    MissingChunk,
+    Rejected,
+    RequestError,
+    RestartedAnswer,
+    TamperedChunk,
+    TruncatedAnswer,
+)
 from frames import Body, End, Event, FrameEncoder, Head, Sse, Text
-from protocol import Request
+from protocol import Request, parse_generate
 from tools import make_vectors
 
 ROOT = Path(crypto.__file__).parent
@@ -52,7 +61,7 @@ REASONS = {
     "requests": "form version unknown_key encoding timestamp authentication length padding json "
     "members",
     "answers": "form version encoding timestamp authentication length padding flags frame missing "
-    "truncated restarted conflict after_end",
+    "truncated restarted conflict after_end replayed",
     "simple": "encoding authentication too_old too_new",
 }
 
@@ -164,7 +173,7 @@ def seal_json(key: str, text: str, iv: bytes) -> str:
 
 def open_request(keys: list[str], sealed: str) -> dict[str, Any]:
     parts = sealed.split(".", 2)
-    if len(parts) != 3:
+    if len(parts) != 3 or len(sealed) > 15_728_640:
         raise Refused("form")
     if parts[0] != "1":
         raise Refused("version")
@@ -210,10 +219,10 @@ def check_request(
 
 
 def open_chunk(
-    key: str, request_id: str, response_secret: str, chunk: str
+    key: str, request_id: str, response_secret: str, chunk: Any
 ) -> tuple[bytes, int, bool, bytes]:
-    parts = chunk.split(".", 2)
-    if len(parts) != 3:
+    parts = chunk.split(".", 2) if isinstance(chunk, str) else []
+    if len(parts) != 3 or len(chunk) > 699_173:
         raise Refused("form")
     if parts[0] != "1":
         raise Refused("version")
@@ -224,9 +233,10 @@ def open_chunk(
     if len(inside) < 9:
         raise Refused("length")
     seq, flags, length = struct.unpack_from(">IBI", inside)
+    payload = strip_padding(inside, 9, length)
     if flags not in (0, 1):
         raise Refused("flags")
-    return salt, seq, flags == 1, strip_padding(inside, 9, length)
+    return salt, seq, flags == 1, payload
 
 
 def seal_chunk(key: str, request: dict[str, Any], salt: bytes, seq: int, payload: bytes) -> str:
@@ -237,75 +247,135 @@ def seal_chunk(key: str, request: dict[str, Any], salt: bytes, seq: int, payload
     return f"1.{text}.{Fernet(derived).encrypt_at_time(inside, 0).decode()}"
 
 
+class Attempt:
+    """What came under one salt."""
+
+    def __init__(self) -> None:
+        self.chunks: dict[int, tuple[str, bool, bytes]] = {}
+        self.next_seq = 0
+        self.payload = b""
+        self.frames: list[list[Any]] = []
+        self.ended = False
+
+    def take(self, chunk: str, seq: int, final: bool, payload: bytes) -> None:
+        if self.chunks.setdefault(seq, (chunk, final, payload))[0] != chunk:
+            raise Refused("conflict")
+        finals = [seq for seq, (_, final, _) in self.chunks.items() if final]
+        if finals and max(self.chunks) > min(finals):
+            raise Refused("after_end")
+        while self.next_seq in self.chunks:
+            _, final, payload = self.chunks[self.next_seq]
+            self.next_seq += 1
+            self.payload += payload
+            try:
+                self.frames, rest = read_frames(self.payload)
+            except (Refused, ValueError, TypeError, KeyError, struct.error, IndexError):
+                raise Refused("frame") from None
+            self.ended = bool(self.frames) and self.frames[-1][0] == "END"
+            if self.ended != final or (final and rest):
+                raise Refused("frame")
+
+    @property
+    def begun(self) -> bool:
+        return any(name != "HEAD" for name, *_ in self.frames)
+
+    @property
+    def points(self) -> str | None:
+        """The error code, where that is all there is and it names no fault of the answer."""
+        if not self.ended or any(name not in ("HEAD", "END") for name, *_ in self.frames):
+            return None
+        code = (self.frames[-1][1]["error"] or {}).get("code")
+        return code if code in ("already_running", "replayed") else None
+
+
 def open_answer(
     chunks: list[str], opened: Callable[[str], tuple[bytes, int, bool, bytes]]
 ) -> list[list[Any]]:
-    first_salt: bytes | None = None
-    seen: dict[int, str] = {}
-    payloads: dict[int, bytes] = {}
-    last: int | None = None
+    attempts: dict[bytes, Attempt] = {}
+    delivered: Attempt | None = None
     for chunk in chunks:
         salt, seq, final, payload = opened(chunk)
-        first_salt = first_salt or salt
-        if salt != first_salt:
+        attempt = attempts.setdefault(salt, Attempt())
+        attempt.take(chunk, seq, final, payload)
+        if not attempt.begun or (attempt.points and attempt is not delivered):
+            continue
+        if delivered not in (None, attempt):
             raise Refused("restarted")
-        if seen.setdefault(seq, chunk) != chunk:
-            raise Refused("conflict")
-        payloads[seq] = payload
-        last = seq if final else last
-        if last is not None and max(seen) > last:
-            raise Refused("after_end")
-    if last is None:
-        raise Refused("truncated")
-    if len(payloads) != last + 1:
-        raise Refused("missing")
-    try:
-        return list(read_frames(b"".join(payloads[seq] for seq in sorted(payloads))))
-    except (ValueError, struct.error, IndexError):
-        raise Refused("frame") from None
+        delivered = attempt
+        if attempt.ended:
+            return attempt.frames
+    left = [attempt for attempt in attempts.values() if not attempt.points]
+    if attempts and not left:
+        raise Refused(str(next(iter(attempts.values())).points))
+    if delivered and len(left) > 1:
+        raise Refused("restarted")
+    missing = any(attempt.next_seq <= max(attempt.chunks) for attempt in left)
+    raise Refused("missing" if missing else "truncated")
 
 
-def read_frames(data: bytes) -> Iterator[list[Any]]:
+def read_frames(data: bytes) -> tuple[list[list[Any]], bytes]:
+    """Return the whole frames of `data` and what is left of it."""
+    frames: list[list[Any]] = []
     templates: list[list[bytes]] = []
     at, kind = 0, 0
-    while at < len(data):
-        if kind == 8:
-            raise ValueError
+    while len(data) - at >= 5:
+        first = at == 0
+        after_end = kind == 8
         kind, length = struct.unpack_from(">BI", data, at)
         content = data[at + 5 : at + 5 + length]
-        if len(content) != length or (kind == 1 and at):
+        if len(content) != length:
+            break
+        if after_end or (kind == 1 and not first):
             raise ValueError
         at += 5 + length
-        match kind:
-            case 1:
-                head = read_json(content)
-                yield ["HEAD", {name: head[name] for name in ("status", "kind", "content_type")}]
-            case 2:
-                yield ["TEXT", struct.unpack_from(">H", content)[0], content[2:].decode()]
-            case 3:
-                yield ["EVENT", read_json(content)]
-            case 4:
-                yield ["BODY", content.hex()]
-            case 5:
-                templates.append(content.split(b"\0"))
-                if len(templates) > 64:
-                    raise ValueError
-            case 6:
-                pieces = templates[struct.unpack_from(">H", content)[0]]
-                holes = content[2:].split(b"\0")
-                if len(holes) != len(pieces) - 1:
-                    raise ValueError
-                line = b"".join(a + b for a, b in zip(pieces, [*holes, b""], strict=True))
-                yield ["SSE", line.decode()]
-            case 7:
-                yield ["SSE", content.decode()]
-            case 8:
-                end = read_json(content)
-                yield ["END", {name: end[name] for name in ("usage", "timings", "error")}]
-            case _:
+        if frame := read_frame(kind, content, templates):
+            frames.append(frame)
+    return frames, data[at:]
+
+
+def read_frame(kind: int, content: bytes, templates: list[list[bytes]]) -> list[Any] | None:
+    match kind:
+        case 1:
+            head = read_object(content, status=int, kind=str, content_type=str)
+            if head["kind"] not in ("generate", "body", "sse"):
                 raise ValueError
-    if kind != 8:
+            return ["HEAD", head]
+        case 2:
+            return ["TEXT", struct.unpack_from(">H", content)[0], content[2:].decode()]
+        case 3:
+            event = read_json(content)
+            if not isinstance(event, dict):
+                raise ValueError
+            return ["EVENT", event]
+        case 4:
+            return ["BODY", content.hex()]
+        case 5:
+            content.decode()
+            templates.append(content.split(b"\0"))
+            if len(templates) > 64 or len(templates[-1]) < 2:
+                raise ValueError
+            return None
+        case 6:
+            pieces = templates[struct.unpack_from(">H", content)[0]]
+            holes = content[2:].split(b"\0")
+            if len(holes) != len(pieces) - 1:
+                raise ValueError
+            line = b"".join(a + b for a, b in zip(pieces, [*holes, b""], strict=True))
+            return ["SSE", line.decode()]
+        case 7:
+            return ["SSE", content.decode()]
+        case 8:
+            null = type(None)
+            end = read_object(content, usage=(dict, null), timings=dict, error=(dict, null))
+            return ["END", end]
+    raise ValueError
+
+
+def read_object(content: bytes, **members: Any) -> dict[str, Any]:
+    value = read_json(content)
+    if not all(isinstance(value[name], kind) for name, kind in members.items()):
         raise ValueError
+    return {name: value[name] for name in members}
 
 
 def open_simple(
@@ -324,7 +394,10 @@ def open_simple(
             raise Refused("too_old")
         text = content.decode()
         if text.lstrip(" \t\r\n").startswith("{"):
-            return key_id(key), json.loads(text)
+            try:
+                return key_id(key), read_json(text.encode())
+            except Refused:
+                return key_id(key), None
         return key_id(key), {"messages": [{"role": "user", "content": text}]}
     raise Refused("authentication")
 
@@ -514,10 +587,20 @@ def test_answers_open(case: Case) -> None:
 def test_answers_refuse(case: Case) -> None:
     action = partial(open_answer, case["chunks"], partial(open_chunk, *ids(case)))
     assert refusal(action) == case["reason"]
-    sequence = {"frame", "missing", "truncated", "restarted", "conflict", "after_end"}
-    with pytest.raises(AnswerError) as caught:
+    sequence = {
+        "frame": AnswerError,
+        "missing": MissingChunk,
+        "truncated": TruncatedAnswer,
+        "restarted": RestartedAnswer,
+        "conflict": TamperedChunk,
+        "after_end": TamperedChunk,
+        "replayed": RequestError,
+    }
+    with pytest.raises(sequence.get(case["reason"], AnswerError)) as caught:
         delivered(case)
-    if case["reason"] not in sequence:
+    if case["reason"] == "replayed":
+        assert isinstance(caught.value, RequestError) and caught.value.code == "replayed"
+    if case["reason"] not in sequence and case["name"] != "not skipped":
         assert isinstance(caught.value, TamperedChunk)
         chunk_opener = crypto.AnswerOpener(request_with(case), crypto.Key.parse(case["key"]))
         with pytest.raises(TamperedChunk):
@@ -543,7 +626,12 @@ def test_simple_open(case: Case) -> None:
     assert open_simple(case["keys"], ciphertext, now, **limits) == wanted
     ring = crypto.KeyRing.parse(",".join(case["keys"]))
     opened = crypto.open_simple(ring, ciphertext, now=lambda: now, **limits)
-    assert (opened.key.id, json.loads(opened.body)) == wanted
+    assert opened.key.id == case["kid"]
+    if case["body"] is None:
+        with pytest.raises(RequestError):
+            parse_generate(opened.body)
+    else:
+        assert json.loads(opened.body) == case["body"]
 
 
 @cases("simple", "reject")

@@ -7,13 +7,15 @@ be random is the hash of a label, so a second run changes nothing.
 import argparse
 import base64
 import hashlib
+import hmac
 import json
 import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +77,13 @@ def encrypt(key: Key, inside: bytes, iv: bytes, at: int = 0) -> str:
 def sealed_of(inside: bytes, label: str, key: Key = WORKER_KEY, at: int = 0) -> str:
     """Return the sealed form of any inside."""
     return f"1.{key.id}.{encrypt(key, inside, fixed(label, 16), at)}"
+
+
+def of_version_81(ciphertext: str, key: str) -> str:
+    """Return a Fernet ciphertext with version byte 0x81 and an HMAC that fits it."""
+    signed = b"\x81" + base64.urlsafe_b64decode(ciphertext)[1:-32]
+    tag = hmac.digest(base64.urlsafe_b64decode(key)[:16], signed, "sha256")
+    return base64.urlsafe_b64encode(signed + tag).decode()
 
 
 def flip(text: str, at: int) -> str:
@@ -208,14 +217,30 @@ def requests() -> list[Case]:
         opens("body null", "POST with a null body is in form.", request_of(body=None).encode()),
         opens(
             "depth 100",
-            "A body nested as deep as allowed: 99 arrays in an object in the request.",
+            "As deep as allowed: the request, its body and 98 arrays in that.",
             with_body % (b'{"a":' + b"[" * 98 + b"]" * 98 + b"}"),
+        ),
+        opens(
+            "member twice",
+            "The last one counts.",
+            plain.encode().replace(b'{"request_id"', b'{"audience":"x","request_id"'),
+        ),
+        opens(
+            "leading U+FEFF in a text",
+            "No byte order mark there, but a character like others.",
+            with_body % b'{"prompt":"\xef\xbb\xbfHi"}',
         ),
         reject("empty", "Nothing.", "", "form"),
         reject("no dots", "Not three parts.", "sealed", "form"),
         reject("no ciphertext", "Two parts.", f"1.{kid}", "form"),
         reject("four parts", "A dot is not base64.", sealed + ".", "encoding"),
         reject("version 2", "Another version.", "2" + sealed[1:], "version"),
+        reject(
+            "several faults",
+            "Version, key id and encoding: the first of the list counts.",
+            f"2.{'0' * 16}.{ciphertext}.",
+            "version",
+        ),
         reject("version 01", "Versions are compared as text.", "0" + sealed, "version"),
         reject("unknown key id", "No such key.", f"1.{'0' * 16}.{ciphertext}", "unknown_key"),
         reject(
@@ -252,6 +277,13 @@ def requests() -> list[Case]:
             "A ciphertext made with Fernet's usual clock.",
             sealed_of(inside, "time", at=NOW),
             "timestamp",
+        ),
+        reject("empty ciphertext", "No timestamp to be zero.", f"1.{kid}.", "timestamp"),
+        reject(
+            "Fernet version 0x81",
+            "The timestamp is zero and the HMAC fits, but Fernet's version byte is 0x80.",
+            f"1.{kid}." + of_version_81(ciphertext, fernet_text(WORKER_KEY.request_fernet)),
+            "authentication",
         ),
         reject("flipped IV", "A changed character in the IV.", flip(sealed, 40), "authentication"),
         reject(
@@ -290,12 +322,13 @@ def requests() -> list[Case]:
         ),
         wrong_inside("padding not zero", "The last byte is 1.", inside[:-1] + b"\1", "padding"),
         wrong_json("not JSON", "Bare text.", b"hello", "json"),
-        wrong_json(
+        wrong_inside(
             "length too small",
-            "The JSON is cut; what follows is not padding.",
-            plain.encode()[:-1],
-            "json",
+            "The last byte of the JSON stands where padding belongs.",
+            struct.pack(">I", len(plain.encode()) - 1) + inside[4:],
+            "padding",
         ),
+        wrong_json("cut JSON", "The last byte is missing.", plain.encode()[:-1], "json"),
         wrong_json(
             "not UTF-8", "A Latin-1 letter.", plain.encode().replace("ü".encode(), b"\xfc"), "json"
         ),
@@ -306,6 +339,12 @@ def requests() -> list[Case]:
         wrong_json("huge number", "Beyond a double.", with_body % b'{"temperature":1e999}', "json"),
         wrong_json(
             "lone surrogate", "Half a character.", with_body % b'{"prompt":"\\ud800"}', "json"
+        ),
+        wrong_json(
+            "depth 101",
+            "The request, its body and 99 arrays in that.",
+            with_body % (b'{"a":' + b"[" * 99 + b"]" * 99 + b"}"),
+            "json",
         ),
         wrong_json("240 deep", "Nested deeper than 100.", with_body % deep, "json"),
         wrong_json("array", "Not an object.", b"[]"),
@@ -326,6 +365,11 @@ def requests() -> list[Case]:
         ),
         changed("time as text", "Times are integers.", issued_at=str(NOW)),
         changed("time with fraction", "Times are integers.", issued_at=NOW + 0.5),
+        wrong_json(
+            "time with a zero fraction",
+            "Digits only.",
+            plain.encode().replace(b'"issued_at":%d' % NOW, b'"issued_at":%d.0' % NOW),
+        ),
         changed("time negative", "Before 1970.", issued_at=-1),
         changed("time too large", "2^53.", expires_at=2**53),
         changed("other method", "Only POST and GET.", method="PUT"),
@@ -432,9 +476,10 @@ def answers() -> list[Case]:
     def wrong_frames(name: str, comment: str, payload: bytes) -> Case:
         return refuse(name, comment, seal([payload], fixed(name, 16))[0], "frame")
 
+    fernet = WORKER_KEY.response_fernet(request, salt)
+
     def wrong_inside(name: str, comment: str, inside: bytes, reason: str, at: int = 0) -> Case:
         with ivs(fixed(name, 16)):
-            fernet = WORKER_KEY.response_fernet(request, salt)
             text = fernet.encrypt_at_time(inside, at).decode()
         return refuse(name, comment, [f"1.{b64(salt)}.{text}"], reason)
 
@@ -456,9 +501,32 @@ def answers() -> list[Case]:
             "status": 408,
         },
     )
+    ended_early = End(None, {"queue_ms": 3.5, "first_token_ms": None, "total_ms": 8})
+    # One template for each of 64 letters, and the last of them filled.
+    shapes = b"".join(raw(5, b"data: %d \0" % number) for number in range(64))
+    body_head = frames([Head(200, "body", "text/plain")])[0]
+
+    def points(code: str) -> End:
+        said = {
+            "message": "another attempt answers",
+            "type": "BadRequestError",
+            "param": None,
+            "code": code,
+            "status": 409,
+        }
+        return End(None, {}, said)
+
+    def pointing(code: str) -> list[str]:
+        return seal(frames([points(code)]), fixed(code, 16))[0]
+
     body = [Head(404, "body", "application/json"), Body(b'{"error":{"message":"no"}}'), end]
     joined = b"".join(payloads)
+    cuts = [0, 2, joined.index("é".encode()) + 1, joined.index(b"12.5") + 2, len(joined)]
+    pieces = [joined[a:b] for a, b in pairwise(cuts)]
+    whole = [head, Text(0, "Hello é"), Text(1, "Hi"), Text(0, ", wörld"), finish, end]
     ended = frames([head, end])[0]
+    head_only, ended_only = frames([head], [end])
+    strange = Head(200, cast(Any, "other"), "text/plain")
     good = struct.pack(">IBI", 0, 1, len(ended)) + ended
     inside = good.ljust(1024, b"\0")
     first = chunks[0]
@@ -474,6 +542,8 @@ def answers() -> list[Case]:
     conflicting, _ = seal([ended, *payloads[1:]], label="conflict")
     over, _ = seal([ended], fixed("after", 16))
     more, _ = seal([ended, b""], fixed("after", 16), label="more")
+    ordinary, _ = seal([head_only, b"", b""], fixed("late", 16), final=False)
+    early, _ = seal([head_only, ended_only], fixed("late", 16), label="early")
     return [
         produce("three chunks", "Texts, an event and the end.", payloads),
         produce(
@@ -484,7 +554,11 @@ def answers() -> list[Case]:
         produce(
             "sizes",
             "1015 bytes fit into the smallest chunk, 1016 do not.",
-            [raw(4, bytes(1010)), raw(4, bytes(1011)), ended],
+            [
+                body_head + raw(4, bytes(1015 - 5 - len(body_head))),
+                raw(4, bytes(1011)),
+                frames([end])[0],
+            ],
         ),
         opens(
             "generate",
@@ -506,9 +580,57 @@ def answers() -> list[Case]:
         ),
         opens(
             "frames across payloads",
-            "Cut within a header, a letter and a number.",
-            seal([joined[:2], joined[2:70], b"", joined[70:]], fixed("cut", 16))[0],
-            [head, Text(0, "Hello é"), Text(1, "Hi"), Text(0, ", wörld"), finish, end],
+            "Cut within a header, a letter and a number of END, which may begin early.",
+            seal([*pieces[:2], b"", *pieces[2:]], fixed("cut", 16))[0],
+            whole,
+        ),
+        opens(
+            "new salt after padding",
+            "The first attempt died before it said anything.",
+            [seal([b"", b""], fixed("dead", 16), final=False)[0][0], *chunks],
+            whole,
+        ),
+        opens(
+            "new salt after HEAD",
+            "HEAD alone commits to nothing, so nothing was delivered.",
+            [seal([head_only], fixed("headed", 16), final=False)[0][0], *chunks],
+            whole,
+        ),
+        opens(
+            "new salt after a gap",
+            "Of the first attempt only its second chunk came: nothing to deliver.",
+            [again[1], *chunks],
+            whole,
+        ),
+        opens(
+            "already_running within",
+            "A second worker was handed the job while the first one answers.",
+            [*chunks[:2], *pointing("already_running"), chunks[2]],
+            whole,
+        ),
+        opens(
+            "replayed before",
+            "An END that points at another attempt, then that attempt.",
+            [*pointing("replayed"), *chunks],
+            whole,
+        ),
+        opens(
+            "U+FEFF",
+            "It is kept, at the beginning of a text too.",
+            seal(frames([head, Text(0, "\ufeffHi"), end]), fixed("feff", 16))[0],
+            [head, Text(0, "\ufeffHi"), end],
+        ),
+        opens(
+            "64 templates",
+            "As many as allowed; the last has number 63.",
+            seal([shapes + raw(6, b"\0\x3fx") + frames([end])[0]], fixed("64", 16))[0],
+            [Sse(b"data: 63 x"), end],
+        ),
+        opens(
+            "timings",
+            "Null where unknown.",
+            seal(frames([ended_early]), fixed("timings", 16))[0],
+            [ended_early],
         ),
         opens(
             "templates",
@@ -557,6 +679,14 @@ def answers() -> list[Case]:
         ),
         refuse("empty", "Nothing.", [""], "form"),
         refuse("plaintext", "Text that the worker did not seal.", ["Hello"], "form"),
+        case(
+            "not a string",
+            "An object where the platform should hand out a string.",
+            "refuse",
+            **given,
+            chunks=[{"text": "Hello"}],
+            reason="form",
+        ),
         refuse("version 2", "Another version.", ["2" + first[1:]], "version"),
         refuse("salt padded", "b64 has no padding.", [f"1.{salt_text}==.{ciphertext}"], "encoding"),
         refuse("salt too short", "15 bytes.", [f"1.{b64(salt[:15])}.{ciphertext}"], "encoding"),
@@ -588,7 +718,21 @@ def answers() -> list[Case]:
             "authentication",
         ),
         wrong_inside("current time", "Made with Fernet's usual clock.", inside, "timestamp", NOW),
+        refuse(
+            "Fernet version 0x81",
+            "The timestamp is zero and the HMAC fits, but Fernet's version byte is 0x80.",
+            [f"1.{salt_text}." + of_version_81(ciphertext, fernet_text(fernet))],
+            "authentication",
+        ),
+        refuse(
+            "not skipped",
+            "A chunk that does not open spoils the answer, though all others came.",
+            [chunks[0], flip(chunks[1], 700), *chunks[1:]],
+            "authentication",
+        ),
         wrong_inside("nothing inside", "No header.", b"", "length"),
+        wrong_inside("a few bytes inside", "Half a header.", good[:8], "length"),
+        wrong_inside("header only", "A header without padding.", bytes(9), "length"),
         wrong_inside("not padded", "Ends with the payload.", good, "length"),
         wrong_inside(
             "one cell too many", "2048 where 1024 are enough.", inside + bytes(1024), "length"
@@ -604,6 +748,12 @@ def answers() -> list[Case]:
             "unknown flag", "Only bit 0 is used.", inside[:4] + b"\3" + inside[5:], "flags"
         ),
         wrong_frames("unknown frame", "Type 9.", raw(9, b"") + ended),
+        refuse(
+            "END before the final chunk",
+            "END is whole in a chunk that is not final; an empty final one follows.",
+            seal([ended, b""], fixed("early end", 16))[0],
+            "frame",
+        ),
         wrong_frames("END missing", "The final chunk ends without END.", frames([head])[0]),
         wrong_frames("half a frame", "The final chunk ends within a frame.", ended + b"\2\0\0"),
         wrong_frames("after END", "A frame follows.", ended + raw(2, b"\0\0x")),
@@ -619,6 +769,22 @@ def answers() -> list[Case]:
             raw(5, b"a\0b") + raw(6, b"\0\0x\0y") + frames([end])[0],
         ),
         wrong_frames("65 templates", "64 are allowed.", raw(5, b"a\0b") * 65 + frames([end])[0]),
+        wrong_frames("one piece", "A template without a hole.", raw(5, b"a") + ended_only),
+        wrong_frames("unknown kind", "HEAD of another kind.", frames([strange, end])[0]),
+        wrong_frames(
+            "HEAD lacks a member",
+            "No content type.",
+            raw(1, b'{"status":200,"kind":"body"}') + ended_only,
+        ),
+        wrong_frames("END lacks a member", "No error.", raw(8, b'{"usage":null,"timings":{}}')),
+        wrong_frames("END not an object", "A list.", raw(8, b"[]")),
+        wrong_frames("EVENT not an object", "A list.", raw(3, b"[]") + ended_only),
+        wrong_frames("EVENT broken", "JSON is cut.", raw(3, b'{"index":0') + ended_only),
+        wrong_frames("TEXT too short", "Half a choice.", raw(2, b"\0") + ended_only),
+        wrong_frames(
+            "FILL too short", "Half a number.", raw(5, b"a\0b") + raw(6, b"\0") + ended_only
+        ),
+        wrong_frames("SSE not UTF-8", "Half a letter.", raw(7, b"data: \xc3") + ended_only),
         wrong_frames("text not UTF-8", "Half a letter.", raw(2, b"\0\0\xc3") + frames([end])[0]),
         refuse("first missing", "The first chunk never came.", chunks[1:], "missing"),
         refuse("middle missing", "One within never came.", [chunks[0], chunks[2]], "missing"),
@@ -639,6 +805,33 @@ def answers() -> list[Case]:
             "The end comes, but a later number was there.",
             [more[1], *over],
             "after_end",
+        ),
+        refuse(
+            "ordinary chunk before the final one",
+            "Number 2, which is not final, came before number 1, which is.",
+            [ordinary[2], early[1], early[0]],
+            "after_end",
+        ),
+        refuse(
+            "ordinary chunk after the final one",
+            "Number 1, which is final, came before number 2, while number 0 was waited for.",
+            [early[1], ordinary[2], early[0]],
+            "after_end",
+        ),
+        refuse(
+            "only replayed",
+            "Every attempt points at another one: that error is the outcome.",
+            pointing("replayed"),
+            "replayed",
+        ),
+        refuse(
+            "an attempt that said something",
+            "An attempt that said something and then points at another is an answer.",
+            [
+                chunks[0],
+                *seal(frames([Text(0, "x"), points("replayed")]), fixed("said", 16))[0],
+            ],
+            "restarted",
         ),
     ]
 
@@ -718,7 +911,7 @@ def simple() -> list[Case]:
     objects: list[dict[str, Any]] = [
         {"text": "Hel"},
         {"text": "lo", "index": 0},
-        {"done": True, "finish_reason": "stop", "usage": None},
+        {"text": "", "done": True, "finish_reason": "stop", "usage": None},
     ]
     sealer = SimpleSealer(WORKER_KEY)
     chunks = []
@@ -734,12 +927,27 @@ def simple() -> list[Case]:
         opens("object", "Taken as it is.", request, json.loads(request)),
         opens("spaces before", "An object all the same.", "\n " + request, json.loads(request)),
         opens("JSON, not an object", "Bare text.", "[1]", bare("[1]")),
+        opens("empty text", "A message all the same.", "", bare("")),
+        opens("U+FEFF first", "Neither white space nor dropped.", "\ufeff{}", bare("\ufeff{}")),
+        opens("U+00A0 first", "Not JSON's white space.", "\u00a0{}", bare("\u00a0{}")),
+        opens(
+            "broken JSON",
+            "It begins with `{`, so it is never bare text: no body, and the answer is an error.",
+            '{"prompt":',
+            None,
+        ),
         opens("second key", "Every key is tried.", "hello", bare("hello"), OTHER_KEY),
         opens("60 s early", "Within the skew.", "hello", bare("hello"), now=NOW - 60),
         opens("one day later", "The longest life.", "hello", bare("hello"), now=NOW + 86400),
         reject("empty", "Nothing.", "", "authentication"),
         reject("newline after", "Base64 readers skip it.", good + "\n", "encoding"),
         reject("unused bits", "Decodes to the same bytes.", slack(good), "encoding"),
+        reject(
+            "Fernet version 0x81",
+            "The HMAC fits, but Fernet's version byte is 0x80.",
+            of_version_81(good, KEY),
+            "authentication",
+        ),
         reject("flipped", "A changed character.", flip(good, 60), "authentication"),
         reject(
             "wrong key",
