@@ -265,8 +265,10 @@ def _child_main() -> None:
 
     def end_with_parent() -> None:
         sys.stdin.read()
-        for orphan in open_temporaries(os.getpid()):
-            orphan.unlink(missing_ok=True)
+        # Its threads go on meanwhile: what they open after a look is found by the next.
+        while orphans := open_temporaries(os.getpid()):
+            for orphan in orphans:
+                orphan.unlink(missing_ok=True)
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
