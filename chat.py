@@ -29,12 +29,20 @@ def chat_call(body: GenerateBody, model: str) -> Call:
     return Call(CHAT_ROUTE, "POST", msgspec.json.encode(request))
 
 
+def unfinished() -> RequestError:
+    """Return the error of an answer that the engine gave up, which vLLM may show as a short one."""
+    return RequestError(
+        "the engine could not finish this answer", status=500, type="InternalServerError"
+    )
+
+
 class ChatReader:
     """Turns the chat route's events into those of `generate`."""
 
     def __init__(self) -> None:
         self._failed: int | None = None
         self._body = b""
+        self._finished = False
 
     def read(self, events: Iterable[AnswerEvent]) -> Iterator[AnswerEvent]:
         """Yield what `events` mean; RequestError if the chat route refused."""
@@ -48,17 +56,24 @@ class ChatReader:
                     chunk = msgspec.json.decode(data[len(b"data: ") :])
                     if "error" in chunk:
                         raise RequestError.from_body(chunk, int(chunk["error"].get("code") or 500))
-                    yield from _choices(chunk, "delta")
+                    yield from self._choices(chunk, "delta")
                 case Body(data):
                     self._body += data
 
     def finish(self) -> Iterator[AnswerEvent]:
-        """Yield what an answer in one piece holds; RequestError if the chat route refused."""
+        """Yield what an answer in one piece holds; RequestError if it is refused or has no end."""
         if self._body:
             answer = msgspec.json.decode(self._body)
             if self._failed is not None:
                 raise RequestError.from_body(answer, self._failed)
-            yield from _choices(answer, "message")
+            yield from self._choices(answer, "message")
+        if not self._finished:
+            raise unfinished()
+
+    def _choices(self, answer: dict[str, Any], part: str) -> Iterator[AnswerEvent]:
+        for choice in answer.get("choices", ()):
+            self._finished |= choice.get("finish_reason") is not None
+        yield from _choices(answer, part)
 
 
 def _choices(answer: dict[str, Any], part: str) -> Iterator[AnswerEvent]:
@@ -79,6 +94,8 @@ def _choices(answer: dict[str, Any], part: str) -> Iterator[AnswerEvent]:
             ]
         if (choice.get("logprobs") or {}).get("content"):
             detail["logprobs"] = [_logprob(entry) for entry in choice["logprobs"]["content"]]
+        if choice.get("finish_reason") == "error":
+            raise unfinished()
         if choice.get("finish_reason"):
             detail["finish_reason"] = choice["finish_reason"]
             detail["stop_reason"] = choice.get("stop_reason")

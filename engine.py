@@ -30,7 +30,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from asgi import AsgiCall
-from chat import ChatReader, chat_call
+from chat import ChatReader, chat_call, unfinished
 from engine_options import serve_args
 from engine_sampling import choice_details, parameter_of, prompt_logprobs, sampling_params
 from engine_tracking import TrackedCall, TrackedLLM, cancelled, current_call
@@ -171,6 +171,8 @@ class Run:
                 if output.prompt_logprobs and params.prompt_logprobs is not None:
                     events.append(Event({"prompt_logprobs": prompt_logprobs(output)}))
                 for choice in output.outputs:
+                    if choice.finish_reason == "error":
+                        raise unfinished()
                     if choice.text:
                         events.append(Text(choice.index, choice.text))
                     events += choice_details(choice, engine.tokenizer)

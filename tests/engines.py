@@ -24,6 +24,8 @@ config.prepare_libraries(config.environment(), ROOT / "vllm_logging.json")
 
 with warnings.catch_warnings():  # torch warns of itself while it is imported
     warnings.simplefilter("ignore")
+    import vllm
+
     from engine import Engine as Engine
     from engine import Run as Run  # vLLM reads the environment when it is imported
 
@@ -37,6 +39,9 @@ SMALL = {"ENFORCE_EAGER": "true", "KV_CACHE_MEMORY_BYTES": str(256 * 2**20)}
 
 def build(model: Path, name: str, **options: str) -> Engine:
     """Return an engine that is loaded but not started; slow."""
+    if vllm.__version__.startswith("0.30"):
+        # It checks each request for the backend that suits it, and runs all on that of the first.
+        options.setdefault("STRUCTURED_OUTPUTS_CONFIG", '{"backend": "xgrammar"}')
     return Engine(str(model), [name], {**SMALL, **options}, 0.5)
 
 

@@ -390,6 +390,27 @@ async def test_with_tools_parameters_are_checked_as_well(engine: Engine) -> None
         assert raised.value.status == 400
 
 
+async def test_an_answer_that_the_engine_gives_up_is_an_error(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    original = AsyncLLM.generate
+
+    async def giving_up(self: Any, *args: Any, **kwargs: Any) -> Any:
+        async for output in original(self, *args, **kwargs):
+            for choice in output.outputs:
+                choice.finish_reason = choice.finish_reason and "error"
+            yield output
+
+    monkeypatch.setattr(AsyncLLM, "generate", giving_up)
+    for stream in (True, False):
+        for tools in (None, [WEATHER]):
+            with pytest.raises(RequestError) as raised:
+                await generate(engine, messages=CAPITAL, max_tokens=2, stream=stream, tools=tools)
+            assert raised.value.status == 500
+
+
 # --- vLLM's own routes ------------------------------------------------------------------------
 
 
