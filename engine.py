@@ -274,7 +274,8 @@ class Engine:
         )  # what vLLM tells of a dead engine
         present = {getattr(route, "path", "") for route in self.app.routes}
         self.routes = tuple(route for route in ROUTES if route in present)
-        await self._prove()
+        # In a task of its own: its context must not stand for requests made after it.
+        await asyncio.create_task(self._prove())
         self._background.append(asyncio.create_task(self._watch_load()))
         # What start-up leaves behind is not garbage; keep the collector from walking it.
         gc.collect()
