@@ -24,7 +24,6 @@ vLLM's sampling parameters (SPEC section 8.1). An option that is None is not giv
 
 import json
 from collections.abc import Coroutine, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
 
 import httpx2
@@ -237,12 +236,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -348,12 +342,7 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:

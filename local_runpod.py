@@ -21,7 +21,6 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 from aiohttp import web
@@ -127,14 +126,9 @@ class LocalRunpod(Options):
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._loop:
-            leaving = self.__aexit__(kind, error, trace)
+            leaving = self.__aexit__(None, None, None)
             asyncio.run_coroutine_threadsafe(leaving, self._loop).result()
         self._end_thread()
 
@@ -159,12 +153,7 @@ class LocalRunpod(Options):
         self._watch = asyncio.create_task(self._http.watch_workers())
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._queue.close()
         if self._watch:
             self._watch.cancel()

@@ -6,7 +6,6 @@ what is on the wire (job.py and below).
 """
 
 from collections import deque
-from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from answers import Answer, AnswerBuilder, Delta, Response, ResponseBuilder
@@ -110,12 +109,7 @@ class _SyncStream(_StreamBase[T, B]):
         run_blocking(self._pieces.job.submit())
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __iter__(self) -> Self:
@@ -141,12 +135,7 @@ class _AsyncStream(_StreamBase[T, B]):
         await self._pieces.job.submit()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     def __aiter__(self) -> Self:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from client_config import ClientSettings
@@ -41,16 +40,11 @@ class Echo:
         until(lambda: all(workers[name].ready for name in names), 60, "workers")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for process in self.processes.values():
             process.kill()
             process.wait()
-        self.platform.__exit__(kind, error, trace)
+        self.platform.__exit__(None, None, None)
 
     def start(self, name: str) -> None:
         """Start a worker."""
