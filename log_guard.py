@@ -42,6 +42,7 @@ _HANDLES_CONTENT = (
 )
 
 _PR_SET_PDEATHSIG = 1
+_libc: Any = CDLL(None)
 
 
 class ContentFilter(logging.Filter):
@@ -91,7 +92,7 @@ def install() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     guard_exceptions()
     # A worker that is killed must not leave a child that goes on telling the platform it lives.
-    os.register_at_fork(after_in_child=die_with_parent)
+    die_with_parent_when_forked()
 
 
 def install_in_child() -> None:
@@ -118,7 +119,23 @@ def guard_exceptions() -> None:
     traceback.print_exc = print_exc  # what multiprocessing prints of a child's exception
 
 
+def die_with_parent_when_forked() -> None:
+    """Let every process that this one forks from now on die with it."""
+    parent = 0
+
+    def remember() -> None:
+        nonlocal parent
+        parent = os.getpid()
+
+    def follow() -> None:
+        die_with_parent()
+        # One that was killed before the kernel knew of the wish leaves an orphan without it.
+        if os.getppid() != parent:
+            os._exit(1)
+
+    os.register_at_fork(before=remember, after_in_child=follow)
+
+
 def die_with_parent() -> None:
     """Let the kernel kill this process when the thread that started it is gone."""
-    libc: Any = CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

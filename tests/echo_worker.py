@@ -151,7 +151,7 @@ async def generate(content: bytes, job_id: str) -> AsyncIterator[Said]:
 
 if __name__ == "__main__":
     # The SDK's ping process would outlive a worker that a test kills.
-    os.register_at_fork(after_in_child=log_guard.die_with_parent)
+    log_guard.die_with_parent_when_forked()
     runpod.serverless.start(
         {
             "handler": handle,
