@@ -91,7 +91,7 @@ class _Core:
     def job(
         self,
         route: str,
-        body: Mapping[str, Any] | None,
+        content: bytes | None,
         *,
         streamed: bool,
         method: Method = "POST",
@@ -113,7 +113,7 @@ class _Core:
         limits = Limits(**{**defaults, **given})
         request = new_request(
             route,
-            None if body is None else encode(body),
+            content,
             audience=settings.endpoint_id,
             ttl_s=limits.ttl_s or client_config.DEFAULT_TTL_S,
             method=method,
@@ -155,8 +155,9 @@ class _Core:
             kind[name] = value
         if sampling:
             body["sampling_params"] = sampling
-        parse_generate(encode(body))
-        job = self.job(GENERATE, body, streamed=stream, options=calls)
+        content = encode(body)
+        parse_generate(content)
+        job = self.job(GENERATE, content, streamed=stream, options=calls)
         return Pieces(job, AnswerBuilder())
 
     def request(
@@ -171,7 +172,8 @@ class _Core:
             stream = body is not None and body.get("stream") is True
         elif body is not None and (stream or "stream" in body):
             body = {**body, "stream": stream}
-        job = self.job(route, body, streamed=stream, method=method, options=options)
+        content = None if body is None else encode(body)
+        job = self.job(route, content, streamed=stream, method=method, options=options)
         return Pieces(job, ResponseBuilder()), stream
 
 
@@ -405,6 +407,23 @@ class AsyncClient:
         """Call an OpenAI or vLLM route; see Client.request."""
         pieces, streams = self._core.request(route, body, method, stream, options)
         return AsyncRawStream(pieces, check) if streams else read_response(pieces, check)
+
+    def send(
+        self,
+        route: str,
+        content: bytes | None,
+        *,
+        method: Method = "POST",
+        streamed: bool,
+        **options: Any,
+    ) -> AsyncRawStream:
+        """Call a route with a body that is JSON already, and return the answer as it comes.
+
+        With `streamed` false nothing of it is released before its end. An error status is
+        part of the answer, not raised.
+        """
+        job = self._core.job(route, content, streamed=streamed, method=method, options=options)
+        return AsyncRawStream(Pieces(job, ResponseBuilder()), check=False)
 
     async def worker(self, **options: Any) -> dict[str, Any]:
         """Return what a worker says of itself; see Client.worker."""

@@ -1,7 +1,7 @@
 """The client's settings: one frozen object from the environment and from key files.
 
 Owns names, defaults and checks of the client's settings and the rule that key
-files are readable by their owner alone. `load` is the only reader of the
+files are readable by their owner alone. `environ` is the only reader of the
 environment on the client's side. Knows nothing of what a key looks like inside
 (crypto.py) or of endpoints.
 """
@@ -74,8 +74,16 @@ class ClientSettings:
 
         Without `with_key` the encryption key may be missing: health, status and cancel need none.
         """
-        reader = _Reader(environ)
-        settings = cls(
+        reader = Reader(environ)
+        settings = cls.read(reader, with_key=with_key)
+        if reader.faults:
+            raise ConfigError(reader.faults)
+        return settings
+
+    @classmethod
+    def read(cls, reader: "Reader", *, with_key: bool = True) -> Self:
+        """Read the settings; faults stay with the reader."""
+        return cls(
             endpoint_id=reader.endpoint_id(),
             api_key=reader.secret("RUNPOD_API_KEY", required=True),
             encryption_key=reader.secret("ENCRYPTION_KEY", required=with_key),
@@ -84,24 +92,26 @@ class ClientSettings:
             wait_s=reader.seconds("CLIENT_WAIT_S"),
             ttl_s=reader.whole_seconds("CLIENT_TTL_S"),
         )
-        if reader.faults:
-            raise ConfigError(reader.faults)
-        return settings
 
 
 def load(
     overrides: Mapping[str, str | None] | None = None, *, with_key: bool = True
 ) -> ClientSettings:
     """Read the settings from the process's environment; what `overrides` gives takes its place."""
-    environ = dict(os.environ)
-    for name, value in (overrides or {}).items():
+    return ClientSettings.from_environ(environ(overrides or {}), with_key=with_key)
+
+
+def environ(overrides: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the process's environment with what `overrides` gives in its place."""
+    merged = dict(os.environ)
+    for name, value in overrides.items():
         if value is None:
             continue
-        environ[name] = value
+        merged[name] = value
         # What is given by hand wins over its other form that happens to be in the environment.
         other = name.removesuffix("_FILE") if name.endswith("_FILE") else f"{name}_FILE"
-        environ.pop(other, None)
-    return ClientSettings.from_environ(environ, with_key=with_key)
+        merged.pop(other, None)
+    return merged
 
 
 def read_key_file(path: str) -> str:
@@ -131,16 +141,20 @@ def read_key_file(path: str) -> str:
     return text
 
 
-class _Reader:
+class Reader:
+    """Reads settings one by one and collects their `faults`."""
+
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
         self.faults: list[str] = []
 
-    def _text(self, name: str) -> str:
+    def text(self, name: str) -> str:
+        """Return the value without the white space around it."""
         return self._environ.get(name, "").strip()
 
     def secret(self, name: str, *, required: bool) -> str:
-        value, path = self._text(name), self._text(f"{name}_FILE")
+        """Return a secret, given itself or by a file; empty where it is neither."""
+        value, path = self.text(name), self.text(f"{name}_FILE")
         if value and path:
             self.faults.append(f"both {name} and {name}_FILE are set; keep one")
             return ""
@@ -160,8 +174,9 @@ class _Reader:
         return value
 
     def endpoint_id(self) -> str:
+        """Return the endpoint's id."""
         name = "RUNPOD_ENDPOINT_ID"
-        value = self._text(name)
+        value = self.text(name)
         if not value:
             self.faults.append(f"{name} is not set; it is the id in the endpoint's address")
         elif not _ENDPOINT_ID.fullmatch(value):
@@ -169,8 +184,9 @@ class _Reader:
         return value
 
     def api_base(self) -> str:
+        """Return the platform's address."""
         name = "RUNPOD_API_BASE"
-        value = self._text(name) or DEFAULT_API_BASE
+        value = self.text(name) or DEFAULT_API_BASE
         try:
             url = urlsplit(value)
             host, _ = url.hostname, url.port
@@ -188,7 +204,8 @@ class _Reader:
         return value.rstrip("/")
 
     def seconds(self, name: str) -> float | None:
-        text = self._text(name)
+        """Return a positive number of seconds, None where it is not set."""
+        text = self.text(name)
         if not text:
             return None
         try:
@@ -201,6 +218,7 @@ class _Reader:
         return value
 
     def whole_seconds(self, name: str) -> int | None:
+        """Return a whole number of seconds, None where it is not set."""
         value = self.seconds(name)
         if value is not None and value < 1:
             self.faults.append(f"{name} is less than one second")

@@ -36,7 +36,7 @@ from engine_sampling import choice_details, parameter_of, prompt_logprobs, sampl
 from engine_tracking import TrackedCall, TrackedLLM, cancelled, current_call
 from errors import ConfigError, EngineDead, RequestError
 from frames import AnswerEvent, Body, End, Event, Head, Sse, Text
-from protocol import GENERATE, Call, GenerateBody, parse_generate
+from protocol import GENERATE, ROUTES, Call, GenerateBody, parse_generate
 
 log = logging.getLogger("worker.engine")
 
@@ -48,27 +48,6 @@ MAX_OUTPUTS_PER_S = 1000
 handler's work per token falls as the load rises. The first token is never held back."""
 
 MAX_STREAM_INTERVAL = 64
-
-ROUTES = {
-    "/v1/models": "GET",
-    "/v1/chat/completions": "POST",
-    "/v1/completions": "POST",
-    "/v1/responses": "POST",
-    "/v1/messages": "POST",
-    "/v1/messages/count_tokens": "POST",
-    "/v1/embeddings": "POST",
-    "/v1/score": "POST",
-    "/score": "POST",
-    "/v1/rerank": "POST",
-    "/v2/rerank": "POST",
-    "/rerank": "POST",
-    "/classify": "POST",
-    "/pooling": "POST",
-    "/tokenize": "POST",
-    "/detokenize": "POST",
-    "/version": "GET",
-}
-"""vLLM's routes that a request may reach; its application has others that are not for clients."""
 
 
 Batch = tuple[list[AnswerEvent], bool]

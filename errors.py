@@ -29,7 +29,8 @@ SealedError
     └── JobCancelled          the job was cancelled
 
 Messages are shown to people: they say what is wrong and what to do, and never
-quote a secret, a prompt or an answer. `exit_code` is what the commands end with.
+quote a secret, a prompt or an answer. `exit_code` is what the commands end with,
+`status` the HTTP status that the gateway answers with.
 """
 
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ class SealedError(Exception):
     """Base of every error raised on purpose; `str()` of it is fit to be shown."""
 
     exit_code = 1
+    status: int = 500
 
 
 class ConfigError(SealedError):
@@ -148,6 +150,7 @@ class Rejected(SealedError):
     """
 
     exit_code = 5
+    status = 403
     TEXT = "request rejected: it could not be opened with a key of this worker"
 
     def __init__(self, advice: str = "") -> None:
@@ -158,6 +161,7 @@ class AnswerError(SealedError):
     """An answer that must not be believed."""
 
     exit_code = 6
+    status = 502
 
 
 class TamperedChunk(AnswerError):
@@ -186,6 +190,7 @@ class JobError(SealedError):
     """The platform could not run the job."""
 
     exit_code = 10
+    status = 502
 
 
 class Unreachable(JobError):
@@ -198,24 +203,28 @@ class WrongApiKey(JobError):
     """The platform refused the API key (401 or 403)."""
 
     exit_code = 12
+    status = 401
 
 
 class EndpointNotFound(JobError):
     """No endpoint or job of that id (404)."""
 
     exit_code = 13
+    status = 404
 
 
 class TooLarge(JobError):
     """The sealed request is larger than the platform carries."""
 
     exit_code = 14
+    status = 413
 
 
 class RateLimited(JobError):
     """The platform answered 429 for longer than the client was willing to wait."""
 
     exit_code = 15
+    status = 429
 
 
 class PlatformFault(JobError):
@@ -228,6 +237,7 @@ class NoWorker(JobError):
     """No worker took the job within the wait."""
 
     exit_code = 16
+    status = 503
 
 
 class JobFailed(JobError):
@@ -240,9 +250,11 @@ class JobTimedOut(JobError):
     """The platform reports the job as TIMED_OUT, or the wait for it ended."""
 
     exit_code = 18
+    status = 504
 
 
 class JobCancelled(JobError):
     """The job was cancelled; 130 is what a shell reports after Ctrl-C."""
 
     exit_code = 130
+    status = 409

@@ -45,6 +45,30 @@ SALT_BYTES = 16
 GENERATE = "generate"
 WORKER = "worker"
 
+ROUTES = {
+    "/v1/models": "GET",
+    "/v1/chat/completions": "POST",
+    "/v1/completions": "POST",
+    "/v1/responses": "POST",
+    "/v1/messages": "POST",
+    "/v1/messages/count_tokens": "POST",
+    "/v1/embeddings": "POST",
+    "/v1/score": "POST",
+    "/score": "POST",
+    "/v1/rerank": "POST",
+    "/v2/rerank": "POST",
+    "/rerank": "POST",
+    "/classify": "POST",
+    "/pooling": "POST",
+    "/tokenize": "POST",
+    "/detokenize": "POST",
+    "/version": "GET",
+}
+"""The paths of vLLM's server that a request may reach (SPEC section 8.3), each with its method.
+
+Its application has others that are not for clients; which of these exist depends on the model.
+"""
+
 _LENGTH = struct.Struct(">I")
 
 Seconds = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]

@@ -56,6 +56,15 @@ class Pieces(Generic[T, B]):
             await self.fill()
         return self.ready.popleft()
 
+    async def batch(self) -> list[T]:
+        """Return all pieces that are there, waiting for the first; none after the last."""
+        first = await self.next()
+        if first is None:
+            return []
+        pieces = [first, *self.ready]
+        self.ready.clear()
+        return pieces
+
     async def rest(self) -> None:
         """Read the answer to its end."""
         while await self.next() is not None:
@@ -210,6 +219,12 @@ class AsyncRawStream(_AsyncStream[bytes, ResponseBuilder]):
         if self._pieces.builder.head is None:
             await self.head()
         return await super().__anext__()
+
+    async def batch(self) -> list[bytes]:
+        """Wait for at least one piece and return all that are there; none after the last."""
+        if self._pieces.builder.head is None:
+            await self.head()
+        return await self._pieces.batch()
 
     async def response(self) -> Response:
         """Read to the end, if need be, and return everything that came."""

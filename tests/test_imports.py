@@ -114,7 +114,7 @@ def reads_environment(tree: ast.AST) -> set[str]:
 def test_only_the_settings_read_the_environment() -> None:
     readers = {name: found for name, tree in TREES.items() if (found := reads_environment(tree))}
     assert readers.keys() == {"config", "client_config", "local_runpod"}
-    assert readers["client_config"] == {"load"}
+    assert readers["client_config"] == {"environ"}
     assert readers["local_runpod"] == {"main"}
 
 
