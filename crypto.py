@@ -16,7 +16,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 from cryptography.fernet import Fernet, InvalidToken
@@ -108,17 +108,44 @@ def generate_key() -> str:
     return Fernet.generate_key().decode()
 
 
-class Key:
+class Asked(Protocol):
+    """The part of a request that its answer is sealed under."""
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+
+    @property
+    def response_secret(self) -> str:
+        """The request's response secret, as it travels."""
+
+
+class KeyId:
+    """The id of a key, which is all of the key that its answers are opened with."""
+
+    __slots__ = ("id",)
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+
+    def response_fernet(self, request: Asked, salt: bytes) -> Fernet:
+        """Return the Fernet of one attempt's response key (SPEC section 2)."""
+        secret = _unb64(request.response_secret, RESPONSE_SECRET_BYTES)
+        info = f"{_LABEL}response {self.id} {request.request_id}"
+        return _fernet(_hkdf(secret, info, salt))
+
+
+class Key(KeyId):
     """One pre-shared key and what SPEC section 2 derives from it."""
 
-    __slots__ = ("_request", "_secret", "_simple", "id", "name")
+    __slots__ = ("_request", "_secret", "_simple", "name")
 
     def __init__(self, secret: bytes, name: str | None = None) -> None:
         if len(secret) != KEY_BYTES:
             raise ValueError(f"a key has {KEY_BYTES} bytes")
         self._secret = secret
         self.name = name
-        self.id = _hkdf(secret, _LABEL + "key-id")[:8].hex()
+        super().__init__(_hkdf(secret, _LABEL + "key-id")[:8].hex())
         self._request = _fernet(_hkdf(secret, f"{_LABEL}request {self.id}"))
         self._simple = _fernet(secret)
 
@@ -140,12 +167,6 @@ class Key:
     def simple_fernet(self) -> Fernet:
         """The Fernet of the key itself, for the simple form only (SPEC section 9)."""
         return self._simple
-
-    def response_fernet(self, request: Request, salt: bytes) -> Fernet:
-        """Return the Fernet of one attempt's response key."""
-        secret = _unb64(request.response_secret, RESPONSE_SECRET_BYTES)
-        info = f"{_LABEL}response {self.id} {request.request_id}"
-        return _fernet(_hkdf(secret, info, salt))
 
     def __repr__(self) -> str:
         return f"Key(id={self.id!r}, name={self.name!r})"
@@ -512,7 +533,7 @@ class OpenedChunk:
 class AnswerOpener:
     """Opens the chunks that answer one request, in any order and of any attempt."""
 
-    def __init__(self, request: Request, key: Key) -> None:
+    def __init__(self, request: Asked, key: KeyId) -> None:
         self._request = request
         self._key = key
         self._attempts: dict[str, tuple[bytes, Fernet]] = {}

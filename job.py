@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 
@@ -25,10 +25,12 @@ from errors import (
     NoWorker,
     Rejected,
     RequestError,
+    SealedError,
     TooLarge,
     Unreachable,
 )
 from frames import AnswerEvent
+from progress import PROGRESS_S, Reporter
 from protocol import Request
 
 FIRST_DELAY_S = 0.02
@@ -36,10 +38,7 @@ LONGEST_DELAY_S = 0.25
 HELD_S = 0.5
 """An empty read that took this long was held by the platform; the next one may follow at once."""
 
-PROGRESS_S = 1.0
-HEALTH_S = 5.0
-
-_OVER = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
+OVER = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +78,12 @@ class Job:
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.id = ""
+        self.request = request
         self.request_id = request.request_id
+        self.key_id = key.id
         self._endpoint = endpoint
         self._limits = limits
-        self._on_progress = on_progress
+        self._reporter = Reporter(endpoint, on_progress)
         try:
             body: dict[str, Any] = {"input": {"sealed": seal_request(request, key)}}
         except RequestError as error:
@@ -91,16 +92,12 @@ class Job:
             body["policy"] = policy
         self._body = msgspec.json.encode(body)
         self._delivery = Delivery(AnswerOpener(request, key), streamed=streamed)
-        self._key_id = key.id
         self._status = "IN_QUEUE"
         self._over = False
         self._delay_s = 0.0
         self._submitted_s = 0.0
         self._deadline_s = float("inf")
-        self._reported = ("", 0.0)
         self._end_watch: Callable[[], object] | None = None
-        self._workers: dict[str, int] | None = None
-        self._workers_s = float("-inf")
 
     @property
     def over(self) -> bool:
@@ -119,7 +116,7 @@ class Job:
         except BaseException:
             await self.close()
             raise
-        if self._on_progress:
+        if self._reporter.wanted:
             self._end_watch = self._endpoint.transport.beside(self._watch())
 
     async def _run(self) -> None:
@@ -169,14 +166,14 @@ class Job:
         if self._delivery.ended:
             self._over = True
             return events
-        if read.status in _OVER and not chunks:
+        if read.status in OVER and not chunks:
             return await self._finish()
         if chunks:
             self._delay_s = 0.0
             return events
         await self._check_limits()
-        if self._on_progress and not self._end_watch:
-            await self._report(self._on_progress)
+        if self._reporter.wanted and not self._end_watch:
+            await self._report()
         if read.elapsed_s >= HELD_S:
             self._delay_s = 0.0
         else:
@@ -203,17 +200,17 @@ class Job:
         view = await self._endpoint.status(self.id, now_s + 5)
         self._status = str(view.get("status"))
         if self._status == "IN_QUEUE":
-            await self._ask_workers()
+            await self._reporter.ask_workers()
             raise NoWorker(
                 f"no worker took the job within {self._limits.wait_s:g} s"
-                f"{_workers_in_words(self._workers)}; allow a longer wait, or raise the "
+                f"{self._reporter.workers_in_words()}; allow a longer wait, or raise the "
                 "endpoint's number of workers"
             )
 
     async def _watch(self) -> None:
         """Report beside the reads, which the platform may hold, until the job runs."""
-        while self._on_progress:
-            await self._report(self._on_progress)
+        while self._reporter.wanted:
+            await self._report()
             if self._status != "IN_QUEUE":
                 return
             await self._endpoint.transport.sleep(PROGRESS_S)
@@ -227,29 +224,10 @@ class Job:
         if self._end_watch:
             self._end_watch()
             self._end_watch = None
-        self._on_progress = None
+        self._reporter.end()
 
-    async def _report(self, on_progress: Callable[[Progress], None]) -> None:
-        state = "queued" if self._status == "IN_QUEUE" else "running"
-        now_s = time.monotonic()
-        before, at_s = self._reported
-        if state == before and (state == "running" or now_s - at_s < PROGRESS_S):
-            return
-        self._reported = (state, now_s)
-        if state == "queued":
-            await self._ask_workers()
-        waited_s = time.monotonic() - self._submitted_s
-        on_progress(Progress(state, waited_s, self.id, self._workers))
-
-    async def _ask_workers(self) -> None:
-        now_s = time.monotonic()
-        if now_s - self._workers_s < HEALTH_S:
-            return
-        self._workers_s = now_s
-        with contextlib.suppress(JobError):
-            workers = (await self._endpoint.health()).get("workers")
-            if isinstance(workers, dict):
-                self._workers = {k: v for k, v in workers.items() if isinstance(v, int)}
+    async def _report(self) -> None:
+        await self._reporter.report(self._status, self.id, self._submitted_s)
 
     async def _finish(self) -> list[AnswerEvent]:
         """The platform says that the job is over, but the answer has no end yet."""
@@ -261,7 +239,7 @@ class Job:
                 raise self._delivery.fault() from error
             view = {}
         if self._status != "COMPLETED":
-            self._raise_verdict(view)
+            raise verdict(self._status, view, self._endpoint.id, self.key_id)
         output = view.get("output")
         chunks = output if isinstance(output, list) else [] if output is None else [output]
         events = self._delivery.take(chunks)
@@ -269,32 +247,25 @@ class Job:
             raise self._delivery.fault()
         return events
 
-    def _raise_verdict(self, view: dict[str, Any]) -> NoReturn:
-        said = view.get("error")
-        text = said if isinstance(said, str) else "" if said is None else str(said)
-        match self._status:
-            case "CANCELLED":
-                raise JobCancelled("the job was cancelled on the platform")
-            case "TIMED_OUT":
-                raise JobTimedOut(
-                    "the platform ended the job: it ran or waited longer than allowed; "
-                    "ask for less, or raise the endpoint's execution timeout"
-                )
-            case _ if Rejected.TEXT in text:
-                raise Rejected(
-                    "\nThe worker has another encryption key than this client, or somebody says "
-                    f"so. Check that the worker of endpoint {self._endpoint.id} has the key with "
-                    f"the id {self._key_id} in its ENCRYPTION_KEY, and that RUNPOD_ENDPOINT_ID "
-                    "is the right endpoint."
-                )
-            case _:
-                raise JobFailed(
-                    f"the job failed on the platform: {text[:500] or 'no reason given'}"
-                )
 
-
-def _workers_in_words(workers: dict[str, int] | None) -> str:
-    if not workers:
-        return ""
-    idle, starting = workers.get("idle", 0), workers.get("initializing", 0)
-    return f" (workers: {idle} idle, {workers.get('running', 0)} running, {starting} starting)"
+def verdict(status: str, view: dict[str, Any], endpoint_id: str, key_id: str) -> SealedError:
+    """Return what the platform says of a job that is over and was not completed."""
+    said = view.get("error")
+    text = said if isinstance(said, str) else "" if said is None else str(said)
+    match status:
+        case "CANCELLED":
+            return JobCancelled("the job was cancelled on the platform")
+        case "TIMED_OUT":
+            return JobTimedOut(
+                "the platform ended the job: it ran or waited longer than allowed; "
+                "ask for less, or raise the endpoint's execution timeout"
+            )
+        case _ if Rejected.TEXT in text:
+            return Rejected(
+                "\nThe worker has another encryption key than this client, or somebody says "
+                f"so. Check that the worker of endpoint {endpoint_id} has the key with "
+                f"the id {key_id} in its ENCRYPTION_KEY, and that RUNPOD_ENDPOINT_ID "
+                "is the right endpoint."
+            )
+        case _:
+            return JobFailed(f"the job failed on the platform: {text[:500] or 'no reason given'}")

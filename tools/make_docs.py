@@ -49,6 +49,7 @@ GROUPS = {
         "streams",
         "answers",
         "job",
+        "progress",
         "delivery",
         "endpoint",
         "client_config",
