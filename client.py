@@ -32,9 +32,10 @@ import client_config
 from answers import Answer, AnswerBuilder, Choice, Delta, Progress, Response, ResponseBuilder
 from client_config import ClientSettings
 from crypto import KeyRing, new_request
-from endpoint import AsyncTransport, BlockingTransport, Endpoint, Transport, run_blocking
+from endpoint import Endpoint
 from errors import AnswerError, ConfigError, RequestError
 from job import Job, Limits
+from job_polled import PolledJob
 from protocol import GENERATE, WORKER, GenerateBody, parse_generate
 from streams import (
     AsyncRawStream,
@@ -45,6 +46,7 @@ from streams import (
     read_answer,
     read_response,
 )
+from transport import AsyncTransport, BlockingTransport, Transport, run_blocking
 
 __all__ = [
     "Answer",
@@ -118,7 +120,7 @@ class _Core:
             ttl_s=limits.ttl_s or client_config.DEFAULT_TTL_S,
             method=method,
         )
-        return Job(
+        return PolledJob(
             self.endpoint,
             request,
             self._key,

@@ -9,10 +9,10 @@ from collections import deque
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from answers import Answer, AnswerBuilder, Delta, Response, ResponseBuilder
-from endpoint import run_blocking
 from errors import AnswerError, SealedError
 from frames import AnswerEvent, Head
 from job import Job
+from transport import run_blocking
 
 T = TypeVar("T")
 

@@ -50,8 +50,10 @@ GROUPS = {
         "answers",
         "job",
         "progress",
+        "job_polled",
         "delivery",
         "endpoint",
+        "transport",
         "client_config",
     ),
     "The local platform": (
