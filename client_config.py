@@ -1,7 +1,7 @@
 """The client's settings: one frozen object from the environment and from key files.
 
 Owns names, defaults and checks of the client's settings and the rule that key
-files are readable by their owner alone. `environ` is the only reader of the
+files are readable by their owner alone. `environment` is the only reader of the
 environment on the client's side. Knows nothing of what a key looks like inside
 (crypto.py) or of endpoints.
 """
@@ -98,10 +98,10 @@ def load(
     overrides: Mapping[str, str | None] | None = None, *, with_key: bool = True
 ) -> ClientSettings:
     """Read the settings from the process's environment; what `overrides` gives takes its place."""
-    return ClientSettings.from_environ(environ(overrides or {}), with_key=with_key)
+    return ClientSettings.from_environ(environment(overrides or {}), with_key=with_key)
 
 
-def environ(overrides: Mapping[str, str | None]) -> dict[str, str]:
+def environment(overrides: Mapping[str, str | None]) -> dict[str, str]:
     """Return the process's environment with what `overrides` gives in its place."""
     merged = dict(os.environ)
     for name, value in overrides.items():

@@ -134,6 +134,9 @@ def build_parser() -> argparse.ArgumentParser:
     request.add_argument("route")
     request.add_argument("--body", metavar="JSON", help="the body; @FILE reads a file, - stdin")
     request.add_argument("--method", choices=("GET", "POST"), help="POST with a body, else GET")
+    serve = add("serve", "serve the OpenAI API on this machine, for other programs")
+    serve.add_argument("--host", help="the address to listen on (GATEWAY_HOST)")
+    serve.add_argument("--port", help="the port to listen on (GATEWAY_PORT)")
     commands.add_parser("keygen", help="make an encryption key", description="Make a key.")
     check = add("doctor", "check keys, platform, worker and clock")
     check.add_argument("--no-worker", action="store_true", help="do not start a worker (or pay)")
@@ -223,10 +226,14 @@ def _progress_words(progress: Progress) -> str:
 
 
 def _settings(args: argparse.Namespace, *, with_key: bool = True) -> ClientSettings:
+    return client_config.load(_overrides(args), with_key=with_key)
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, str | None]:
     def number(value: float | None) -> str | None:
         return None if value is None else f"{value:g}"
 
-    overrides = {
+    return {
         "RUNPOD_ENDPOINT_ID": args.endpoint,
         "RUNPOD_API_BASE": args.api_base,
         "ENCRYPTION_KEY_FILE": args.key_file,
@@ -235,7 +242,6 @@ def _settings(args: argparse.Namespace, *, with_key: bool = True) -> ClientSetti
         "CLIENT_WAIT_S": number(args.wait),
         "CLIENT_TTL_S": number(args.ttl),
     }
-    return client_config.load(overrides, with_key=with_key)
 
 
 def _sampling(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -458,12 +464,27 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser, screen: Scre
             return asyncio.run(_request(args, _body(args, parser), screen))
         case "doctor":
             return _doctor(args, screen)
+        case "serve":
+            return _serve(args)
         case "health":
             return asyncio.run(_plain(args, lambda client: client.health(), screen))
         case "status":
             return asyncio.run(_plain(args, lambda client: client.status(args.job_id), screen))
         case _:
             return asyncio.run(_plain(args, lambda client: client.cancel(args.job_id), screen))
+
+
+def _serve(args: argparse.Namespace) -> int:
+    # Only here: what it needs beside the client is an extra of the package.
+    try:
+        import gateway
+        import gateway_config
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            [f"{error.name} is not installed; run: pip install 'sealed-vllm[gateway]'"]
+        ) from None
+    overrides = {**_overrides(args), "GATEWAY_HOST": args.host, "GATEWAY_PORT": args.port}
+    return gateway.run(gateway_config.load(overrides))
 
 
 def _doctor(args: argparse.Namespace, screen: Screen) -> int:

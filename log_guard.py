@@ -88,7 +88,7 @@ def install() -> None:
     # A dependency of vLLM's application raises the root logger's level when it is imported.
     logging.getLogger("worker").setLevel(logging.INFO)
     logging.captureWarnings(True)
-    for noisy in ("httpx", "httpcore", "urllib3", "aiohttp.access"):
+    for noisy in ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "aiohttp.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     guard_exceptions()
     # A worker that is killed must not leave a child that goes on telling the platform it lives.

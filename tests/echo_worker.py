@@ -82,6 +82,9 @@ async def answer(request: Request, job_id: str) -> AsyncIterator[Said]:
         told = {"time": time.time(), "versions": {"worker": "echo"}, "models": ["echo"]}
         yield Head(200, "body", "application/json")
         yield Body(json.dumps(told).encode())
+    elif request.route == "/v1/models":
+        yield Head(200, "body", "application/json")
+        yield Body(json.dumps({"object": "list", "data": [{"id": "echo"}]}).encode())
     elif request.route != "/v1/chat/completions":
         yield Head(404, "body", "application/json")
         missing = {"message": "no such route", "type": "NotFoundError", "code": 404}
@@ -91,6 +94,9 @@ async def answer(request: Request, job_id: str) -> AsyncIterator[Said]:
         for word in body["messages"][-1]["content"].split():
             chunk = {"choices": [{"index": 0, "delta": {"content": word + " "}}]}
             yield Sse(b"data: " + json.dumps(chunk, separators=(",", ":")).encode())
+        if body.get("behaviour") == "hang":
+            note("hanging", job_id)
+            await asyncio.Event().wait()
         yield Sse(b"data: [DONE]")
     else:
         yield Head(200, "body", "application/json")

@@ -114,7 +114,7 @@ def reads_environment(tree: ast.AST) -> set[str]:
 def test_only_the_settings_read_the_environment() -> None:
     readers = {name: found for name, tree in TREES.items() if (found := reads_environment(tree))}
     assert readers.keys() == {"config", "client_config", "local_runpod"}
-    assert readers["client_config"] == {"environ"}
+    assert readers["client_config"] == {"environment"}
     assert readers["local_runpod"] == {"main"}
 
 
@@ -134,7 +134,7 @@ def test_the_client_s_code_names_nothing_of_the_worker() -> None:
 
 
 def test_the_client_loads_nothing_of_the_worker() -> None:
-    code = "import client, commands, doctor, json, sys; print(json.dumps(list(sys.modules)))"
+    code = "import client, commands, doctor, gateway, json, sys; print(json.dumps([*sys.modules]))"
     printed = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
@@ -147,7 +147,11 @@ def test_the_client_loads_nothing_of_the_worker() -> None:
 def test_the_package_holds_what_the_client_needs() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert set(project["tool"]["setuptools"]["py-modules"]) == CLIENT
-    wanted = {re.split(r"[<>=\[ ]", line)[0] for line in project["project"]["dependencies"]}
+    extras = project["project"]["optional-dependencies"]
+    wanted = {
+        re.split(r"[<>=\[ ]", line)[0].replace("-", "_")
+        for line in [*project["project"]["dependencies"], *extras["gateway"]]
+    }
     used = set().union(*(IMPORTS[name] for name in CLIENT)) - MODULES.keys()
     assert used - set(sys.stdlib_module_names) == wanted
 

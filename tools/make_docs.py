@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import client_config
 import commands
 import config
+import gateway_config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -55,6 +56,15 @@ GROUPS = {
         "endpoint",
         "transport",
         "client_config",
+    ),
+    "The gateway": (
+        "gateway",
+        "gateway_config",
+        "gateway_guard",
+        "gateway_relay",
+        "gateway_errors",
+        "gateway_models",
+        "gateway_metrics",
     ),
     "The local platform": (
         "local_runpod",
@@ -96,6 +106,12 @@ def worker_settings() -> str:
 def client_settings() -> str:
     """Return the table of the client's settings."""
     rows = ((f"`{each.name}`", each.default, each.meaning) for each in client_config.SETTINGS)
+    return table(("variable", "default", "meaning"), rows)
+
+
+def gateway_settings() -> str:
+    """Return the table of the gateway's settings."""
+    rows = ((f"`{each.name}`", each.default, each.meaning) for each in gateway_config.SETTINGS)
     return table(("variable", "default", "meaning"), rows)
 
 

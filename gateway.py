@@ -1,0 +1,264 @@
+"""The gateway: an OpenAI-compatible server on this machine; what leaves the machine is sealed.
+
+    python gateway.py        (or: python client.py serve)
+
+Owns the assembly of its parts, the routes that are not a worker's, and the program.
+What is passed on is `gateway_relay`'s, who may come in `gateway_guard`'s.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
+
+import gateway_config
+import log_guard
+from client import AsyncClient
+from crypto import KeyRing
+from errors import ConfigError, RequestError, SealedError
+from gateway_config import GatewaySettings
+from gateway_errors import error_response
+from gateway_guard import Guard
+from gateway_metrics import CONTENT_TYPE, Metrics
+from gateway_models import Catalog
+from gateway_relay import Relay
+
+VERSION = "0.1.0"
+
+GRACE_S = 5
+"""How long answers may go on after the gateway was asked to end; their jobs are then cancelled."""
+
+OPEN_PATHS = frozenset({"/health", "/ready"})
+EXPOSED_HEADERS = ("x-request-id", "x-job-id", "x-should-retry")
+
+
+class Gateway:
+    """One gateway for one endpoint; `url` is known once it listens."""
+
+    def __init__(self, settings: GatewaySettings, client: AsyncClient) -> None:
+        self.settings = settings
+        self.client = client
+        self.metrics = Metrics()
+        self.catalog = Catalog(client, settings.models, settings.models_ttl_s)
+        self.key_id = KeyRing.parse(settings.client.encryption_key).first.id
+        self.url = ""
+        self._relay = Relay(
+            client,
+            self.metrics,
+            keepalive_s=settings.keepalive_s,
+            on_answer=self.catalog.seen_awake,
+        )
+
+    def application(self) -> ASGIApp:
+        """Return the ASGI application."""
+        routes: list[BaseRoute] = [
+            Route("/health", self._health),
+            Route("/ready", self._ready),
+            Route("/metrics", self._metrics),
+            Route("/api/status", self._status),
+        ]
+        for prefix in ("", "/v1"):
+            routes += [
+                Route(f"{prefix}/models", self._models),
+                Route(f"{prefix}/models/{{model:path}}", self._model),
+            ]
+        routes.append(Route("/{path:path}", self._relay))
+        settings = self.settings
+        guard = Middleware(
+            Guard,
+            hosts={*settings.allowed_hosts, settings.host},
+            origins=settings.cors_origins,
+            key=settings.key,
+            max_body_bytes=settings.max_body_bytes,
+            open_paths=OPEN_PATHS,
+            own_doors=("/admin/", "/vapi/"),
+        )
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=EXPOSED_HEADERS,
+        )
+        # A page's preflight carries no key, so it is answered before the guard asks for one.
+        return Starlette(routes=routes, middleware=[cors, guard])
+
+    async def _health(self, _: Request) -> Response:
+        return JSONResponse({"status": "ok", "version": VERSION})
+
+    async def _ready(self, _: Request) -> Response:
+        try:
+            awake = await self.catalog.awake()
+            workers = (await self.catalog.health()).get("workers")
+        except SealedError as error:
+            return error_response(error)
+        return JSONResponse({"ready": awake, "workers": workers}, 200 if awake else 503)
+
+    async def _metrics(self, _: Request) -> Response:
+        return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+    async def _models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": await self.catalog.models()})
+
+    async def _model(self, request: Request) -> Response:
+        wanted = request.path_params["model"]
+        for model in await self.catalog.models():
+            if model.get("id") == wanted:
+                return JSONResponse(model)
+        return error_response(
+            RequestError("no such model; /v1/models lists them", status=404, type="NotFoundError")
+        )
+
+    async def _status(self, _: Request) -> Response:
+        return JSONResponse(await self.status())
+
+    async def status(self) -> dict[str, object]:
+        """Return what the status page shows."""
+        told: dict[str, object] = {
+            "version": VERSION,
+            "base_url": f"{self.url}/v1",
+            "endpoint": self.settings.client.endpoint_id,
+            "key_id": self.key_id,
+            "needs_key": bool(self.settings.key),
+        }
+        try:
+            health = await self.catalog.health()
+            told |= {
+                "awake": await self.catalog.awake(),
+                "workers": health.get("workers"),
+                "jobs": health.get("jobs"),
+            }
+        except SealedError as error:
+            told |= {"awake": None, "error": str(error)}
+        models = await self.catalog.models()
+        return told | {
+            "models": [model.get("id") for model in models],
+            "worker": self.catalog.worker,
+            "requests": self.metrics.recent(),
+        }
+
+
+def banner(status: dict[str, object]) -> str:
+    """Return what a person needs to know when the gateway has started."""
+    worker = status.get("worker")
+    versions = worker.get("versions") if isinstance(worker, dict) else None
+    models = status["models"]
+    workers = status.get("workers")
+    match status["awake"]:
+        case True:
+            state = "awake"
+        case False if isinstance(workers, dict) and workers.get("initializing"):
+            state = "starting"
+        case False:
+            state = "asleep; the first request wakes one and waits for it"
+        case _:
+            state = f"unknown: {status['error']}"
+    lines = {
+        "base URL": status["base_url"],
+        "API key": "the value of GATEWAY_KEY" if status["needs_key"] else "anything",
+        "endpoint": status["endpoint"],
+        "key id": status["key_id"],
+        "worker": state,
+        "version": ", ".join(f"{k} {v}" for k, v in versions.items())
+        if isinstance(versions, dict)
+        else "not known while no worker is awake",
+        "models": ", ".join(map(str, models))
+        if isinstance(models, list) and models
+        else "not known while no worker is awake (GATEWAY_MODELS can name them)",
+    }
+    return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
+
+
+def run(settings: GatewaySettings) -> int:
+    """Serve until SIGINT or SIGTERM and return the exit code; ConfigError where it cannot."""
+    log_guard.install()
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_serve(settings))
+    return 0
+
+
+async def _serve(settings: GatewaySettings) -> None:
+    listener = _listen(settings.host, settings.port)
+    async with AsyncClient(settings.client) as client:
+        gateway = Gateway(settings, client)
+        host, port = listener.getsockname()[:2]
+        gateway.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        server = uvicorn.Server(
+            uvicorn.Config(
+                gateway.application(),
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=GRACE_S,
+            )
+        )
+        greeting = asyncio.ensure_future(_greet(gateway))
+        try:
+            await server.serve([listener])
+        finally:
+            greeting.cancel()
+            await gateway.catalog.close()
+
+
+async def _greet(gateway: Gateway) -> None:
+    settings = gateway.settings
+    if not settings.is_loopback:
+        print(
+            f"WARNING: listening on {settings.host}, not on this machine alone. Between a client "
+            "and this gateway prompts and answers travel in the clear"
+            + (
+                "."
+                if settings.key
+                else ", and without GATEWAY_KEY anybody may send some at your cost."
+            ),
+            file=sys.stderr,
+        )
+    await gateway.catalog.models()
+    await gateway.catalog.settled()
+    print(banner(await gateway.status()), flush=True)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(
+            [f"GATEWAY_HOST, GATEWAY_PORT: cannot listen on {host}:{port}: {error.strerror}"]
+        ) from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="gateway.py",
+        description="Serve the OpenAI API on this machine; what leaves it is sealed.",
+        epilog="Keys are read from the environment or from files, never from arguments.",
+    )
+    parser.add_argument("--host", help="GATEWAY_HOST, the address to listen on")
+    parser.add_argument("--port", help="GATEWAY_PORT, the port to listen on")
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        return run(gateway_config.load({"GATEWAY_HOST": args.host, "GATEWAY_PORT": args.port}))
+    except ConfigError as error:
+        print(f"error: the settings cannot work\n{error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,119 @@
+"""What the gateway knows of its endpoint: the models, the worker, and who is awake.
+
+Owns when the platform and the workers are asked. Asking the platform costs nothing;
+asking a worker is a job, so only one that is awake is asked, and rarely. A list of
+models is worth keeping: most of the time nobody is awake to give it.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import Any
+
+import msgspec
+
+from client import AsyncClient
+from errors import SealedError
+
+log = logging.getLogger("gateway")
+
+HEALTH_TTL_S = 2.0
+ASK_TIMEOUT_S = 30.0
+PATIENCE_S = 5.0
+"""How long a request for the models waits for a worker to tell them (Open WebUI waits 10 s)."""
+
+
+class _Listed(msgspec.Struct):
+    data: list[dict[str, Any]]
+
+
+class Catalog:
+    """The endpoint's state as last seen."""
+
+    def __init__(self, client: AsyncClient, names: tuple[str, ...], ttl_s: float) -> None:
+        self._client = client
+        self._ttl_s = ttl_s
+        self._asked_s = float("-inf")
+        self._asking: asyncio.Task[None] | None = None
+        self._health: dict[str, Any] | SealedError | None = None
+        self._health_s = float("-inf")
+        self._health_lock = asyncio.Lock()
+        created = int(time.time())
+        self._models: list[dict[str, Any]] = [
+            {"id": name, "object": "model", "created": created, "owned_by": "gateway"}
+            for name in names
+        ]
+        self.worker: dict[str, Any] | None = None
+        """What a worker said of itself (SPEC section 8.2), None before one was asked."""
+
+    async def health(self) -> dict[str, Any]:
+        """Return the platform's counts, at most HEALTH_TTL_S old; JobError where it cannot."""
+        async with self._health_lock:
+            if time.monotonic() - self._health_s > HEALTH_TTL_S:
+                try:
+                    self._health = await self._client.health()
+                except SealedError as error:
+                    self._health = error
+                self._health_s = time.monotonic()
+        if isinstance(self._health, SealedError):
+            raise self._health
+        return self._health or {}
+
+    async def awake(self) -> bool:
+        """Return whether a worker could take a job at once, or nearly; JobError as `health`."""
+        workers = (await self.health()).get("workers")
+        counts = workers if isinstance(workers, dict) else {}
+        return any(counts.get(state) for state in ("idle", "running", "ready"))
+
+    async def models(self) -> list[dict[str, Any]]:
+        """Return the models in OpenAI's form, from the cache unless a worker is awake to ask."""
+        if time.monotonic() - self._asked_s > self._ttl_s:
+            with contextlib.suppress(SealedError):
+                if await self.awake():
+                    self.ask()
+        if self._asking and not self._models:
+            await asyncio.wait({self._asking}, timeout=PATIENCE_S)
+        return self._models
+
+    def ask(self) -> None:
+        """Ask a worker in the background, unless that is under way."""
+        if self._asking is None:
+            self._asking = asyncio.ensure_future(self._ask())
+
+    def seen_awake(self) -> None:
+        """A worker has just answered: ask it what is not known yet."""
+        if self.worker is None and time.monotonic() - self._asked_s > self._ttl_s:
+            self.ask()
+
+    async def settled(self) -> None:
+        """Wait until nobody is being asked."""
+        if self._asking:
+            await asyncio.wait({self._asking})
+
+    async def _ask(self) -> None:
+        try:
+            told, listed = await asyncio.gather(
+                self._client.worker(timeout_s=ASK_TIMEOUT_S),
+                self._listed(),
+            )
+            self.worker, self._models = told, listed
+            self._asked_s = time.monotonic()
+        except (SealedError, msgspec.ValidationError) as error:
+            log.warning("no worker told its models: %s", error)
+            # Not again with every request.
+            self._asked_s = time.monotonic() - self._ttl_s + PATIENCE_S
+        finally:
+            self._asking = None
+
+    async def _listed(self) -> list[dict[str, Any]]:
+        response = await self._client.request(
+            "/v1/models", method="GET", stream=False, timeout_s=ASK_TIMEOUT_S
+        )
+        return msgspec.convert(response.json(), _Listed).data
+
+    async def close(self) -> None:
+        """Stop asking."""
+        if self._asking:
+            self._asking.cancel()
+            await asyncio.wait({self._asking})
