@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 import commands
+import commands_parser
 import doctor
 import errors
-from commands import printable
+from commands_screen import printable
 from crypto import Key, generate_key
 from local_runpod_queue import Status
 from tests.echo import Echo
@@ -148,7 +149,13 @@ def test_prompts_and_options(echo: Echo, args: list[str], stdin: str | None, out
 
 def test_values_of_options_are_json_or_text() -> None:
     pairs = [("a", "0.2"), ("b", "END"), ("c", '["x"]'), ("d", "true"), ("e", '"1"')]
-    assert commands._sampling(pairs) == {"a": 0.2, "b": "END", "c": ["x"], "d": True, "e": "1"}
+    assert commands_parser.read_sampling(pairs) == {
+        "a": 0.2,
+        "b": "END",
+        "c": ["x"],
+        "d": True,
+        "e": "1",
+    }
 
 
 def test_json_is_one_object_of_the_whole_answer(echo: Echo) -> None:
@@ -264,7 +271,7 @@ def test_kinds_of_failure_do_not_share_a_code() -> None:
     ]
     codes = [kind.exit_code for kind in kinds]
     assert len(set(codes)) == len(codes) > 15
-    assert commands.USAGE_CODE not in codes
+    assert commands_parser.USAGE_CODE not in codes
 
 
 def test_half_an_answer_ends_its_line_and_tells_the_error(echo: Echo) -> None:

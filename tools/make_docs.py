@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import client_config
-import commands
+import commands_parser
 import config
 import gateway_config
 
@@ -46,6 +46,9 @@ GROUPS = {
     "The client": (
         "client",
         "commands",
+        "commands_parser",
+        "commands_ask",
+        "commands_screen",
         "doctor",
         "streams",
         "answers",
@@ -117,7 +120,7 @@ def gateway_settings() -> str:
 
 def exit_codes() -> str:
     """Return the table of exit codes, from the command's own help."""
-    lines = commands.exit_codes().splitlines()[1:]
+    lines = commands_parser.exit_codes().splitlines()[1:]
     return table(("code", "meaning"), (line.split(maxsplit=1) for line in lines))
 
 
@@ -133,13 +136,8 @@ def client_help() -> str:
     ).stdout
     text = printed.partition("exit codes:")[0].rstrip()
     # A table, because Python's versions lay out the help of options differently.
-    (chosen,) = (
-        action
-        for action in commands.build_parser()._actions
-        if isinstance(action, argparse._SubParsersAction)
-    )
     rows = []
-    for action in chosen.choices["ask"]._actions:
+    for action in commands_parser.subparsers(commands_parser.build_parser())["ask"]._actions:
         names = ", ".join(action.option_strings)
         value = action.metavar or ""
         given = " ".join(value) if isinstance(value, tuple) else value
