@@ -215,21 +215,22 @@ async def _serve(settings: GatewaySettings) -> None:
 
 
 async def _greet(gateway: Gateway) -> None:
-    settings = gateway.settings
-    if not settings.is_loopback:
-        print(
-            f"WARNING: listening on {settings.host}, not on this machine alone. Between a client "
-            "and this gateway prompts and answers travel in the clear"
-            + (
-                "."
-                if settings.key
-                else ", and without GATEWAY_KEY anybody may send some at your cost."
-            ),
-            file=sys.stderr,
-        )
+    if text := warning(gateway.settings):
+        print(f"WARNING: {text}", file=sys.stderr)
     await gateway.catalog.models()
     await gateway.catalog.settled()
     print(banner(await gateway.status()), flush=True)
+
+
+def warning(settings: GatewaySettings) -> str:
+    """Return what is unsafe about where the gateway listens, empty if only this machine can."""
+    if settings.is_loopback:
+        return ""
+    return (
+        f"others than this machine can reach {settings.host}. On their way to the gateway prompts "
+        "and answers travel in the clear"
+        + ("" if settings.key else ", and without GATEWAY_KEY anybody may send some at your cost")
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

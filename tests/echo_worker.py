@@ -94,14 +94,19 @@ async def answer(request: Request, job_id: str) -> AsyncIterator[Said]:
         for word in body["messages"][-1]["content"].split():
             chunk = {"choices": [{"index": 0, "delta": {"content": word + " "}}]}
             yield Sse(b"data: " + json.dumps(chunk, separators=(",", ":")).encode())
-        if body.get("behaviour") == "hang":
-            note("hanging", job_id)
-            await asyncio.Event().wait()
+        await hang_if_asked(body.get("behaviour"), job_id)
         yield Sse(b"data: [DONE]")
     else:
+        await hang_if_asked(body.get("behaviour"), job_id)
         yield Head(200, "body", "application/json")
         yield Body(json.dumps({"echo": body["messages"][-1]["content"]}).encode())
     yield End({"completion_tokens": 1}, {"total_ms": 1.0})
+
+
+async def hang_if_asked(behaviour: str | None, job_id: str) -> None:
+    if behaviour == "hang":
+        note("hanging", job_id)
+        await asyncio.Event().wait()
 
 
 async def generate(content: bytes, job_id: str) -> AsyncIterator[Said]:
@@ -138,9 +143,7 @@ async def generate(content: bytes, job_id: str) -> AsyncIterator[Said]:
                     if not marker.exists():
                         marker.touch()
                         yield None
-                if behaviour == "hang":
-                    note("hanging", job_id)
-                    await asyncio.Event().wait()
+                await hang_if_asked(behaviour, job_id)
                 if behaviour == "plaintext":
                     yield PLAINTEXT
                 if behaviour == "fail":

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -18,12 +18,19 @@ GATEWAY = Path(__file__).resolve().parent.parent / "gateway.py"
 class RunningGateway:
     """`python gateway.py` on a free port; `settings` are added to the client's `environ`."""
 
-    def __init__(self, environ: Mapping[str, str], folder: Path, **settings: str) -> None:
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        folder: Path,
+        *,
+        arguments: Sequence[str] = ("--port", "0"),
+        **settings: str,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._log = folder / "out", folder / "log"
         with self._out.open("wb") as out, self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(GATEWAY), "--port", "0"],
+                [sys.executable, str(GATEWAY), *arguments],
                 env={
                     "PATH": os.environ["PATH"],
                     "GATEWAY_KEEPALIVE_S": "0.1",
