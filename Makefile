@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test run lint bench contract pins clean
+.PHONY: help setup model demo demo-gateway test run lint bench contract pins clean
 
 PYTHON ?=
 export PYTHON
@@ -8,7 +8,7 @@ PINS := requirements/worker.txt requirements/engine-cpu.txt requirements/dev.txt
 CONTRACT := 0.30 0.31 0.32
 
 help: ## list these commands
-	@awk -F":.*## " '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F":.*## " '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make the environment in .venv (PYTHON=/path/to/python3 picks another Python)
 	@tools/setup.sh .venv $(PINS)
@@ -18,6 +18,9 @@ model: setup ## make the demo model in models/
 
 demo: model ## send a sealed prompt through a local RunPod to the demo model (or ARGS='"yours"')
 	@$(PY) tools/demo.py $(ARGS)
+
+demo-gateway: model ## the same with the openai SDK, through the gateway
+	@$(PY) tools/demo_gateway.py
 
 test: model lint ## run every test, those on the real engine included (ARGS="-k word" picks some)
 	@$(PY) tools/tiny_models.py

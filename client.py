@@ -216,6 +216,12 @@ def _object(response: Response) -> dict[str, Any]:
     return value
 
 
+def versions(worker: Mapping[str, Any]) -> str:
+    """Return the versions in what a worker says of itself, for people."""
+    names = {"worker": "sealed-vllm", "vllm": "vLLM", "protocol": "protocol"}
+    return ", ".join(f"{names[key]} {worker[key]}" for key in names if key in worker)
+
+
 class Client:
     """A blocking client of one endpoint; may be shared by threads, its streams may not.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Literal
 
-from client import AsyncClient, ClientSettings, Progress
+from client import AsyncClient, ClientSettings, Progress, versions
 from crypto import KeyRing
 from errors import ConfigError, NoWorker, Rejected, RequestError, SealedError
 from protocol import CLOCK_SKEW_S, VERSION
@@ -171,9 +171,9 @@ async def _worker(
         return
     took_s = time.monotonic() - started_s
     patient.ok("worker", f"opened a request under key {key_id} and answered in {took_s:.1f} s")
-    for name in ("versions", "models"):
-        if name in told:
-            patient.ok(f"worker's {name}", _flat(told[name]))
+    patient.ok("worker's versions", versions(told))
+    models = told.get("models")
+    patient.ok("worker's models", ", ".join(map(str, models)) if isinstance(models, list) else "?")
     theirs_s = told.get("time")
     if isinstance(theirs_s, int | float):
         # The worker read its clock at some time between the two readings here.
@@ -190,14 +190,6 @@ def _clock(patient: _Patient, check: str, offset_s: float, uncertain_s: float) -
         patient.fail(check, told, advice)
     else:
         patient.ok(check, f"{told}, to within {max(1.0, uncertain_s):.0f} s")
-
-
-def _flat(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_flat(item)}" for name, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(_flat(item) for item in value)
-    return str(value)
 
 
 def _versions(patient: _Patient) -> None:

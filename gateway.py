@@ -25,7 +25,7 @@ from starlette.types import ASGIApp
 
 import gateway_config
 import log_guard
-from client import AsyncClient
+from client import AsyncClient, versions
 from crypto import KeyRing
 from errors import ConfigError, RequestError, SealedError
 from gateway_config import GatewaySettings
@@ -153,7 +153,6 @@ class Gateway:
 def banner(status: dict[str, object]) -> str:
     """Return what a person needs to know when the gateway has started."""
     worker = status.get("worker")
-    versions = worker.get("versions") if isinstance(worker, dict) else None
     models = status["models"]
     workers = status.get("workers")
     match status["awake"]:
@@ -171,8 +170,8 @@ def banner(status: dict[str, object]) -> str:
         "endpoint": status["endpoint"],
         "key id": status["key_id"],
         "worker": state,
-        "version": ", ".join(f"{k} {v}" for k, v in versions.items())
-        if isinstance(versions, dict)
+        "version": versions(worker)
+        if isinstance(worker, dict)
         else "not known while no worker is awake",
         "models": ", ".join(map(str, models))
         if isinstance(models, list) and models

@@ -79,7 +79,7 @@ async def answer(request: Request, job_id: str) -> AsyncIterator[Said]:
         return
     body = json.loads(bytes(request.body)) or {}
     if request.route == "worker":
-        told = {"time": time.time(), "versions": {"worker": "echo"}, "models": ["echo"]}
+        told = {"worker": "echo", "protocol": 1, "time": time.time(), "models": ["echo"]}
         yield Head(200, "body", "application/json")
         yield Body(json.dumps(told).encode())
     elif request.route == "/v1/models":

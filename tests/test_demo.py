@@ -1,4 +1,6 @@
-"""`make demo`: what a person sees, what it searches for, and that nothing is left running."""
+"""`make demo` and `make demo-gateway`: what a person sees, what is
+searched for, and that nothing is left running.
+"""
 
 import base64
 import contextlib
@@ -18,7 +20,7 @@ import pytest
 
 from tests.wait import until
 from tests.workers import ROOT
-from tools import demo
+from tools import demo_gateway, demo_search, demo_stage
 
 PROMPT = "What would you like to tell the platform?"
 DEMO = [sys.executable, str(ROOT / "tools" / "demo.py")]
@@ -44,31 +46,41 @@ def left_running(log: Path) -> list[psutil.Process]:
     ],
 )
 def test_the_search_finds_text_in_the_clear(carried: bytes) -> None:
-    assert demo.count_found(PROMPT, b"\0" + carried + b"\0")
+    assert demo_search.count_found(PROMPT, b"\0" + carried + b"\0")
 
 
 def test_the_search_finds_escaped_text() -> None:
     text = 'Où est "la clé", Zoë?'
-    assert demo.count_found(text, json.dumps(text).encode())
-    assert demo.count_found(text, text.encode())
+    assert demo_search.count_found(text, json.dumps(text).encode())
+    assert demo_search.count_found(text, text.encode())
 
 
 def test_the_search_finds_nothing_in_other_bytes() -> None:
-    assert not demo.count_found(PROMPT, os.urandom(100_000) + base64.b64encode(os.urandom(100_000)))
+    assert not demo_search.count_found(
+        PROMPT, os.urandom(100_000) + base64.b64encode(os.urandom(100_000))
+    )
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    """Return a process's arguments, none where it has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def test_own_settings_of_a_person_do_not_reach_the_demo() -> None:
     given = {"MODEL_PATH": "/elsewhere", "ENCRYPTION_KEY": "k", "RUNPOD_API_KEY": "k", "PATH": "p"}
-    assert demo.clean_environment(given) == {"PATH": "p"}
+    assert demo_stage.clean_environment(given) == {"PATH": "p"}
 
 
 def test_a_worker_that_cannot_start_shows_the_end_of_its_log(tmp_path: Path) -> None:
     log = tmp_path / "worker.log"
     code = f"""
 import pathlib, sys
-from tools import demo
-demo.LOG = pathlib.Path({str(log)!r})
-demo.WORKER = (sys.executable, "-c", "import sys; sys.exit('this is why')")
+from tools import demo, demo_stage
+demo_stage.LOG = pathlib.Path({str(log)!r})
+demo_stage.WORKER = (sys.executable, "-c", "import sys; sys.exit('this is why')")
 sys.exit(demo.main([{PROMPT!r}]))
 """
     ran = subprocess.run(
@@ -88,14 +100,14 @@ def test_interrupted_it_leaves_nothing(number: signal.Signals) -> None:
     )
     with process:
         try:
-            until(lambda: left_running(demo.LOG), 60, "the worker started")
+            until(lambda: left_running(demo_stage.LOG), 60, "the worker started")
             process.send_signal(number)
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
     assert process.returncode == 130
     assert errors.strip() == "interrupted; nothing is left running"
-    assert not left_running(demo.LOG)
+    assert not left_running(demo_stage.LOG)
 
 
 def seen_in_a_terminal(command: list[str], timeout_s: float) -> tuple[int, list[str]]:
@@ -132,4 +144,30 @@ def test_a_person_sees_the_answer_arrive_and_what_the_platform_saw() -> None:
     assert "nothing of the prompt or of the answer is in there" in seen
     assert re.search(r"First token after \d+ ms on the worker", seen)
     assert seen.rstrip().splitlines()[-1].startswith("Stopping the worker: done")
-    assert not left_running(demo.LOG)
+    assert not left_running(demo_stage.LOG)
+
+
+@pytest.mark.engine
+def test_a_person_sees_the_openai_sdk_answered_through_the_gateway() -> None:
+    command = [sys.executable, str(ROOT / "tools" / "demo_gateway.py")]
+    code, reads = seen_in_a_terminal(command, 600)
+    seen = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", "".join(reads))
+    assert code == 0, seen
+    for name, value in (
+        ("base URL", r"http://127\.0\.0\.1:\d+/v1"),
+        ("endpoint", "local"),
+        ("key id", "[0-9a-f]{16}"),
+        ("worker", "awake"),
+        ("version", "sealed-vllm .*, vLLM "),
+        ("models", "SmolLM2-135M-Instruct"),
+    ):
+        assert re.search(rf"^{name} +{value}", seen, re.MULTILINE), (name, seen)
+    assert "client = openai.OpenAI(base_url=" in seen
+    began = next(number for number, text in enumerate(reads) if "openai.OpenAI" in text)
+    ended = next(number for number, text in enumerate(reads) if "First words after" in text)
+    assert ended - began > 5, "the answer came in one piece"
+    assert "nothing of the prompt or of the answer is in there" in seen
+    assert not left_running(demo_stage.LOG)
+    assert str(demo_gateway.GATEWAY[1]) not in {
+        part for process in psutil.process_iter() for part in command_line(process)
+    }

@@ -401,7 +401,7 @@ class TestTelling:
     def test_the_banner(self, gateway: RunningGateway, echo: Echo) -> None:
         banner = gateway.banner
         assert f"{gateway.url}/v1" in banner
-        for word in (echo.platform.endpoint_id, "awake", "worker echo", "models    echo"):
+        for word in (echo.platform.endpoint_id, "awake", "sealed-vllm echo", "models    echo"):
             assert word in banner
         assert echo.key not in banner
         assert echo.platform.api_key not in banner
