@@ -24,6 +24,8 @@ demo-gateway: model ## the same with the openai SDK, through the gateway
 
 test: model lint ## run every test, those on the real engine included (ARGS="-k word" picks some)
 	@$(PY) tools/tiny_models.py
+	@# Where there is no browser to be had, the tests that need one say so.
+	@tools/setup_browser.sh >/dev/null || true
 	@$(PY) -m pytest $(ARGS)
 
 run: model ## start the local RunPod with one worker of the demo model (or of MODELS=)
@@ -62,6 +64,6 @@ pins: setup ## bind requirements/constraints.txt to what is installed now
 	} > .venv/pins && mv .venv/pins requirements/constraints.txt
 
 clean: ## remove what make made, the environment and the models too
-	rm -rf .venv .contract .cache models bench build dist *.egg-info
+	rm -rf .venv .contract .cache models bench screenshots build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -exec rm -rf {} +

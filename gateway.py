@@ -24,6 +24,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 import gateway_config
+import gateway_page
 import log_guard
 from client import AsyncClient, versions
 from crypto import KeyRing
@@ -40,7 +41,7 @@ VERSION = "0.1.0"
 GRACE_S = 5
 """How long answers may go on after the gateway was asked to end; their jobs are then cancelled."""
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/ready", *gateway_page.FILES})
 EXPOSED_HEADERS = ("x-request-id", "x-job-id", "x-should-retry")
 
 
@@ -64,6 +65,7 @@ class Gateway:
     def application(self) -> ASGIApp:
         """Return the ASGI application."""
         routes: list[BaseRoute] = [
+            *gateway_page.routes(),
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/metrics", self._metrics),

@@ -88,7 +88,7 @@ class Guard:
                 type="forbidden",
                 code="host_not_allowed",
             )
-        if not self._same_site(host, headers):
+        if not (self._same_site(host, headers) or self._followed(path, headers)):
             return RequestError(
                 "a web page of another site called the gateway; "
                 "if it may, add its origin to GATEWAY_CORS_ORIGINS",
@@ -116,6 +116,10 @@ class Guard:
         # The port is part of an origin: another server of this machine is another site.
         own = urlsplit(origin).netloc == headers.get("host")
         return origin in self._origins or (own and _name(origin) == host)
+
+    def _followed(self, path: str, headers: Headers) -> bool:
+        """Whether a person followed a link to the page; the site it was on sees nothing of it."""
+        return path in self._open_paths and headers.get("sec-fetch-dest") == "document"
 
     def _has_key(self, path: str, headers: Headers) -> bool:
         if not self._key or path in self._open_paths or path.startswith(self._own_doors):

@@ -68,6 +68,7 @@ GROUPS = {
         "gateway_errors",
         "gateway_models",
         "gateway_metrics",
+        "gateway_page",
     ),
     "The local platform": (
         "local_runpod",
@@ -94,7 +95,8 @@ OTHERS = {
     "pyproject.toml": "The client's package, and the settings of lint, types and tests.",
     "requirements": "What is installed where, in which version, and why.",
     "vllm_logging.json": "vLLM's logging, with the content filter of `log_guard.py`.",
-    "docs": "Longer guides.",
+    "page": "The gateway's status page, served by `gateway_page.py`.",
+    "docs": "Longer guides, and pictures.",
     "tests": "The tests; each file says what it holds.",
     "tools": "Scripts behind the commands.",
 }
