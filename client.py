@@ -36,6 +36,7 @@ from endpoint import Endpoint
 from errors import AnswerError, ConfigError, RequestError
 from job import Job, Limits
 from job_polled import PolledJob
+from job_route import RouteJob
 from protocol import GENERATE, WORKER, GenerateBody, parse_generate
 from streams import (
     AsyncRawStream,
@@ -120,7 +121,8 @@ class _Core:
             ttl_s=limits.ttl_s or client_config.DEFAULT_TTL_S,
             method=method,
         )
-        return PolledJob(
+        kind = RouteJob if settings.transport == "openai" else PolledJob
+        return kind(
             self.endpoint,
             request,
             self._key,

@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -20,6 +20,8 @@ from errors import ConfigError
 
 DEFAULT_API_BASE = "https://api.runpod.ai/v2"
 DEFAULT_TTL_S = 3600
+DEFAULT_TRANSPORT = "run"
+TRANSPORTS = ("run", "openai")
 MAX_KEY_FILE_BYTES = 64 * 1024
 
 _ENDPOINT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -52,6 +54,12 @@ SETTINGS = (
         f"how long a request is valid, also for the platform; empty: {DEFAULT_TTL_S}, "
         "for the worker only",
     ),
+    Setting(
+        "CLIENT_TRANSPORT",
+        DEFAULT_TRANSPORT,
+        "how requests travel: `run` (`/run`, then `/stream`), or `openai` (the endpoint's OpenAI "
+        "route: one streamed answer, no job id, and cut by the platform if it is long)",
+    ),
 )
 
 
@@ -67,6 +75,7 @@ class ClientSettings:
     timeout_s: float | None = None
     wait_s: float | None = None
     ttl_s: int | None = None
+    transport: str = DEFAULT_TRANSPORT
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], *, with_key: bool = True) -> Self:
@@ -91,6 +100,7 @@ class ClientSettings:
             timeout_s=reader.seconds("CLIENT_TIMEOUT_S"),
             wait_s=reader.seconds("CLIENT_WAIT_S"),
             ttl_s=reader.whole_seconds("CLIENT_TTL_S"),
+            transport=reader.choice("CLIENT_TRANSPORT", TRANSPORTS),
         )
 
 
@@ -215,6 +225,13 @@ class Reader:
         if not 0 < value < 10**9:
             self.faults.append(f"{name} is not a positive number of seconds")
             return None
+        return value
+
+    def choice(self, name: str, choices: Sequence[str]) -> str:
+        """Return one of `choices`, the first where none is given."""
+        value = self.text(name) or choices[0]
+        if value not in choices:
+            self.faults.append(f"{name} is none of {', '.join(choices)}")
         return value
 
     def whole_seconds(self, name: str) -> int | None:

@@ -8,7 +8,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Literal
 
@@ -67,7 +67,7 @@ async def examine(
     if settings is None:
         return patient.exit_code
     key_id = _key_id(patient, settings)
-    async with AsyncClient(settings if key_id else _without_key(settings)) as client:
+    async with AsyncClient(settings if key_id else replace(settings, encryption_key="")) as client:
         reachable = await _platform(patient, client, settings)
         if not wake:
             patient.skip("worker", "not asked, as told")
@@ -91,12 +91,10 @@ def _settings(patient: _Patient, load: Callable[[bool], ClientSettings]) -> Clie
         except ConfigError:
             return None
     else:
-        patient.ok("settings", f"endpoint {settings.endpoint_id} at {settings.api_base}")
+        way = "its OpenAI route" if settings.transport == "openai" else "/run and /stream"
+        told = f"endpoint {settings.endpoint_id} at {settings.api_base}, by {way}"
+        patient.ok("settings", told)
     return settings
-
-
-def _without_key(settings: ClientSettings) -> ClientSettings:
-    return ClientSettings(settings.endpoint_id, settings.api_key, "", settings.api_base)
 
 
 def _key_id(patient: _Patient, settings: ClientSettings) -> str:

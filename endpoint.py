@@ -6,7 +6,8 @@ connection becomes. Refuses to know what a job says and how requests are sent.
 
 import contextlib
 import time
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 import httpx2
@@ -21,10 +22,15 @@ from errors import (
     Unreachable,
     WrongApiKey,
 )
-from transport import CANCEL_TIMEOUT_S, Reply, Transport
+from transport import CANCEL_TIMEOUT_S, SILENCE_S, Events, Reply, Transport
 
 MAX_RUN_BYTES = 10_000_000
-"""Largest body of /run."""
+"""Largest body of /run, and of the OpenAI route."""
+
+ROUTE = "/openai/v1/chat/completions"
+"""Where sealed requests of every kind go by the OpenAI route (SPEC section 1.2)."""
+
+SENT_ONCE = "the platform may have taken the job all the same, so it was not sent again"
 
 REPLY_TIMEOUT_S = 30.0
 
@@ -35,6 +41,7 @@ RATE_PATIENCE_S = 30.0
 
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 4.0
+_OF_A_JOB = ("/stream/", "/status/", "/cancel/")
 
 
 class _Item(msgspec.Struct):
@@ -54,6 +61,18 @@ class StreamRead(msgspec.Struct):
         return [item.output for item in self.stream or ()]
 
 
+class _Answered(Protocol):
+    @property
+    def status(self) -> int: ...
+    @property
+    def body(self) -> bytes: ...
+    @property
+    def retry_after(self) -> str: ...
+
+
+_T = TypeVar("_T", bound=_Answered)
+
+
 class Endpoint:
     """The REST operations of one endpoint; every failure is an errors.JobError."""
 
@@ -69,16 +88,32 @@ class Endpoint:
         Tried again only on 429 and where no connection was made: after anything else the
         platform may have the job. TooLarge, before sending, past MAX_RUN_BYTES.
         """
-        if len(body) > MAX_RUN_BYTES:
-            raise TooLarge(
-                f"the sealed request has {len(body) / 1e6:.1f} MB and the platform carries "
-                f"{MAX_RUN_BYTES / 1e6:.0f} MB; shorten it (sealing adds a third and padding)"
-            )
+        _check_size(body)
         reply = await self._call("POST", "/run", body, deadline_s=deadline_s, repeatable=False)
         job_id = self._object(reply).get("id")
         if not isinstance(job_id, str) or not job_id:
             raise PlatformFault("the platform took the job but gave it no id")
         return job_id
+
+    async def open(self, body: bytes, deadline_s: float) -> Events:
+        """Send a job by the OpenAI route and return its answer while it comes.
+
+        Tried again no more than `run`. What the platform answers for a job that failed is the
+        caller's to judge: a status from 500 on is returned.
+        """
+        _check_size(body)
+
+        async def send(timeout_s: float) -> Events:
+            return await self.transport.open("POST", self._base + ROUTE, body, timeout_s)
+
+        return await self._persist(
+            send,
+            ROUTE,
+            deadline_s=deadline_s,
+            reply_s=SILENCE_S,
+            repeatable=False,
+            judged=lambda status: status >= 500,
+        )
 
     async def stream(self, job_id: str, deadline_s: float) -> StreamRead:
         """Read, and thereby consume, what the job has yielded since the last read."""
@@ -86,7 +121,7 @@ class Endpoint:
         try:
             read = msgspec.json.decode(reply.body, type=StreamRead)
         except ValueError:
-            raise self._not_the_api(reply) from None
+            raise self.not_the_api(reply) from None
         read.elapsed_s = reply.elapsed_s
         return read
 
@@ -127,6 +162,26 @@ class Endpoint:
         patience_s: float = PATIENCE_S,
         repeatable: bool = True,
     ) -> Reply:
+        async def send(timeout_s: float) -> Reply:
+            return await self.transport.send(method, self._base + path, body, timeout_s)
+
+        return await self._persist(
+            send, path, deadline_s=deadline_s, patience_s=patience_s, repeatable=repeatable
+        )
+
+    async def _persist(
+        self,
+        send: Callable[[float], Awaitable[_T]],
+        path: str,
+        *,
+        deadline_s: float | None,
+        patience_s: float = PATIENCE_S,
+        reply_s: float = 0.0,
+        repeatable: bool,
+        judged: Callable[[int], bool] = lambda _: False,
+    ) -> _T:
+        """Send until there is an answer; `judged` says which error statuses are one."""
+        reply_s = reply_s or REPLY_TIMEOUT_S
         pause_s, paused_s = _FIRST_PAUSE_S, 0.0
         while True:
             left_s = (deadline_s or float("inf")) - time.monotonic()
@@ -134,9 +189,7 @@ class Endpoint:
             limit_s = patience_s
             wish_s = 0.0
             try:
-                reply = await self.transport.send(
-                    method, self._base + path, body, max(0.001, min(REPLY_TIMEOUT_S, left_s))
-                )
+                reply = await send(max(0.001, min(reply_s, left_s)))
             except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
                 failure = Unreachable(
                     f"no connection to {self._host}: {_reason(error)}; "
@@ -145,12 +198,9 @@ class Endpoint:
             except httpx2.TransportError as error:
                 failure = Unreachable(f"the connection to {self._host} broke: {_reason(error)}")
                 if not repeatable:
-                    raise Unreachable(
-                        f"{failure}; the platform may have taken the job all the same, "
-                        "so it was not sent again"
-                    ) from None
+                    raise Unreachable(f"{failure}; {SENT_ONCE}") from None
             else:
-                if reply.status < 300:
+                if reply.status < 300 or judged(reply.status):
                     return reply
                 failure = self._failure(reply, path)
                 if isinstance(failure, RateLimited):
@@ -164,15 +214,15 @@ class Endpoint:
             paused_s += pause_s
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def _failure(self, reply: Reply, path: str) -> JobError:
-        said = _said(reply.body)
+    def _failure(self, reply: _Answered, path: str) -> JobError:
+        said = _clause(reply.body)
         match reply.status:
             case 401 | 403:
                 return WrongApiKey(
                     f"the platform refused the API key ({reply.status}); check RUNPOD_API_KEY "
                     f"and that it may use the endpoint {self.id}"
                 )
-            case 404 if path.count("/") > 1:
+            case 404 if path.startswith(_OF_A_JOB):
                 return EndpointNotFound(
                     "the platform knows no such job: its id is wrong, it belongs to another "
                     f"endpoint than {self.id}, or its result is no longer kept"
@@ -190,14 +240,15 @@ class Endpoint:
             case status if status >= 400:
                 return JobError(f"the platform refused the request with {status}{said}")
             case _:
-                return self._not_the_api(reply)
+                return self.not_the_api(reply)
 
     def _object(self, reply: Reply) -> dict[str, Any]:
         with contextlib.suppress(ValueError):
             return msgspec.json.decode(reply.body, type=dict[str, Any])
-        raise self._not_the_api(reply)
+        raise self.not_the_api(reply)
 
-    def _not_the_api(self, reply: Reply) -> PlatformFault:
+    def not_the_api(self, reply: _Answered) -> PlatformFault:
+        """Return the error that an answer of unknown form is."""
         return PlatformFault(
             f"{self._host} answered {reply.status} with something that is not the platform's API; "
             "check RUNPOD_API_BASE"
@@ -214,11 +265,26 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _said(body: bytes) -> str:
-    """Return the platform's own words, shortened, as the end of a clause."""
+def said(body: bytes) -> str | None:
+    """Return the platform's own words in an answer that is an error, None without any."""
     with contextlib.suppress(ValueError):
         value = msgspec.json.decode(body)
         text = value.get("error") or value.get("message") if isinstance(value, dict) else None
+        if isinstance(text, dict):
+            text = text.get("message")
         if isinstance(text, str):
-            return f": {text[:200]}"
-    return ""
+            return text
+    return None
+
+
+def _clause(body: bytes) -> str:
+    text = said(body)
+    return f": {text[:200]}" if text else ""
+
+
+def _check_size(body: bytes) -> None:
+    if len(body) > MAX_RUN_BYTES:
+        raise TooLarge(
+            f"the sealed request has {len(body) / 1e6:.1f} MB and the platform carries "
+            f"{MAX_RUN_BYTES / 1e6:.0f} MB; shorten it (sealing adds a third and padding)"
+        )

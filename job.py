@@ -110,8 +110,6 @@ class Job(ABC):
             await self.close()
             raise
         self._sealed = ""
-        if self._reporter.wanted:
-            self._end_watch = self._endpoint.transport.beside(self._watch())
 
     async def events(self) -> list[AnswerEvent]:
         """Return the next events of the answer, or none when it has ended.
@@ -128,11 +126,13 @@ class Job(ABC):
             raise
         finally:
             self._unwatch()
+        await self._leave()
         return []
 
     async def close(self) -> None:
         """Cancel the job unless it is over."""
         if self._over:
+            await self._leave()
             return
         self._over = True
         self._unwatch()
@@ -140,7 +140,7 @@ class Job(ABC):
 
     @abstractmethod
     async def _send(self) -> None:
-        """Hand the sealed request to the platform."""
+        """Hand the sealed request to the platform, and begin to watch when there is what to."""
 
     @abstractmethod
     async def _read(self) -> list[AnswerEvent]:
@@ -149,6 +149,10 @@ class Job(ABC):
     @abstractmethod
     async def _abandon(self) -> None:
         """Have the platform end the job, if it has it."""
+
+    @abstractmethod
+    async def _leave(self) -> None:
+        """Give back what a job that is over still holds."""
 
     @abstractmethod
     async def _look(self) -> None:
@@ -181,6 +185,10 @@ class Job(ABC):
         )
 
     # -- progress ----------------------------------------------------------------------------
+
+    def _begin_watch(self) -> None:
+        if self._reporter.wanted:
+            self._end_watch = self._endpoint.transport.beside(self._watch())
 
     async def _watch(self) -> None:
         """Report beside the reads, which the platform may hold, until the job runs."""

@@ -29,6 +29,7 @@ class PolledJob(Job):
 
     async def _send(self) -> None:
         await self._endpoint.transport.whole(self._run())
+        self._begin_watch()
 
     async def _run(self) -> None:
         body: dict[str, Any] = {"input": {"sealed": self._sealed}}
@@ -39,6 +40,9 @@ class PolledJob(Job):
     async def _abandon(self) -> None:
         if self.id:
             await self._endpoint.transport.whole(self._cancel())
+
+    async def _leave(self) -> None:
+        """There is nothing left."""
 
     async def _cancel(self) -> None:
         # Nobody is left to tell, and the platform ends the job by itself at its limits.

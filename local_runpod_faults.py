@@ -17,6 +17,7 @@ _ONLY_FOR = {
     "duplicate": {"job-take", "job-stream"},
     "drop": {"job-stream", "job-done"},
     "reorder": {"job-stream"},
+    "cut": {"openai"},
 }
 _JSON_FIELDS: dict[str, tuple[type, ...]] = {
     "operation": (str,),
@@ -33,6 +34,7 @@ _JSON_FIELDS: dict[str, tuple[type, ...]] = {
     "duplicate": (int,),
     "drop": (bool,),
     "reorder": (bool,),
+    "cut": (int,),
 }
 
 
@@ -53,6 +55,8 @@ class Fault:
       instead of it) or after it, so that it took effect and only the answer is lost;
     - `duplicate`: deliver the chunk or hand out the job that many more times;
     - `drop`: answer 200 and forget what was sent; `reorder`: let the next chunk overtake this one;
+    - `cut`: end a streamed answer after so many chunks, as a platform that limits its time does;
+      with `reset` and `when` after, by a reset instead of an orderly end;
     - `tamper`: change the bytes of the request's body, or of the answer's where there is none.
     """
 
@@ -70,6 +74,7 @@ class Fault:
     duplicate: int = 0
     drop: bool = False
     reorder: bool = False
+    cut: int = 0
     tamper: Callable[[bytes], bytes] | None = None
     seen: int = field(default=0, init=False)
     hits: int = field(default=0, init=False)

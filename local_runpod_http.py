@@ -14,6 +14,7 @@ import logging
 import secrets
 import socket
 import struct
+import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -495,22 +496,26 @@ class Http:
         while not (job.chunks or job.status.final or self._queue.closing):
             if not await job.changed.wait(until_s):
                 break
-        if not job.chunks:
+        if not job.chunks and job.status is not Status.COMPLETED:
             return self._openai_reply(job)
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
         )
         await response.prepare(call.request)
-        while True:
+        cuts = [fault for fault in call.faults if fault.cut]
+        left = min((fault.cut for fault in cuts), default=sys.maxsize)
+        while left:
             over = job.status.final or self._queue.closing
-            for chunk in job.read():
+            for chunk in job.read()[:left]:
+                left -= 1
                 part = json.loads(chunk)["output"]
                 text = part if isinstance(part, str) else f"data: {json.dumps(part)}\n\n"
                 self._record.add("client", True, call.request, text.encode())
                 await response.write(text.encode())
             if over or not (job.chunks or job.status.final or await job.changed.wait(until_s)):
                 break
-        await response.write_eof()
+        if not any(fault.reset for fault in cuts):
+            await response.write_eof()
         return response
 
     # -- faults over HTTP ----------------------------------------------------------------------

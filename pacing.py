@@ -1,15 +1,38 @@
-"""Paced mode: one chunk of one constant size per tick (SPEC section 11).
+"""When chunks leave: at the pace of paced mode, or beside a wait (SPEC sections 11 and 1.2).
 
-Owns when chunks leave and how much each holds, so that neither says anything of
-the text. Knows nothing of what the bytes are or how they are sealed.
+Owns the times, and in paced mode how much each chunk holds, so that neither says
+anything of the text. Knows nothing of what the bytes are or how they are sealed.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import TypeVar
 
 MAX_WAITING_BYTES = 64 * 1024
 """How much may wait for its tick before the engine has to wait too."""
+
+SIGN_AFTER_S = 0.5
+SIGN_EVERY_S = 15.0
+"""When, and then how often, somebody who waits for the beginning of an answer is told so."""
+
+T = TypeVar("T")
+
+
+async def with_signs(chunks: AsyncIterator[T], sign: Callable[[], Iterable[T]]) -> AsyncIterator[T]:
+    """Yield `chunks`, and what `sign` returns for as long as the first of them is not there."""
+    first = asyncio.ensure_future(anext(chunks))
+    try:
+        delay_s = SIGN_AFTER_S
+        while not (await asyncio.wait({first}, timeout=delay_s))[0]:
+            for chunk in sign():
+                yield chunk
+            delay_s = SIGN_EVERY_S
+        yield first.result()
+    finally:
+        first.cancel()
+    async for chunk in chunks:
+        yield chunk
 
 
 async def paced(

@@ -159,6 +159,8 @@ class SealedInput:
     """Job input of SPEC section 3; not yet opened."""
 
     sealed: str
+    as_events: bool = False
+    """Whether it came by the platform's OpenAI route, whose answer is server-sent events."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +282,7 @@ _FORM_MEMBERS = {
 
 
 def parse_job_input(job_input: Any) -> JobInput:
-    """Tell which form a job's input has (SPEC sections 3 and 9, or one in plaintext).
+    """Tell which form a job's input has (SPEC sections 1.2, 3 and 9, or one in plaintext).
 
     Rejected for a sealed or simple form that is not alone or not text; RequestError for
     plaintext that is none of the official worker's forms. Nothing is quoted.
@@ -291,6 +293,9 @@ def parse_job_input(job_input: Any) -> JobInput:
         return SealedInput(_only_text(job_input, "sealed"))
     if "encrypted_input" in job_input:
         return SimpleInput(_only_text(job_input, "encrypted_input"))
+    by_route = job_input.get("openai_input")
+    if isinstance(by_route, dict) and "sealed" in by_route:
+        return _parse_sealed_route(job_input, by_route)
     try:
         if job_input.keys() & _FORM_MEMBERS["openai"]:
             return _parse_openai(job_input)
@@ -313,6 +318,14 @@ def _only_text(job_input: dict[str, Any], member: str) -> str:
     if len(job_input) != 1 or not isinstance(value, str):
         raise Rejected
     return value
+
+
+def _parse_sealed_route(job_input: dict[str, Any], given: dict[str, Any]) -> SealedInput:
+    # The route is the platform's to add and says nothing: the real one is sealed.
+    members = {**given}
+    if members.pop("stream", None) is not True or not job_input.keys() <= _FORM_MEMBERS["openai"]:
+        raise Rejected
+    return SealedInput(_only_text(members, "sealed"), as_events=True)
 
 
 def _only_members(job_input: dict[str, Any], form: str) -> None:

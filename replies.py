@@ -1,8 +1,8 @@
 """What an answer looks like in each of the three forms a job's input can have.
 
 Owns the way from the engine's events to what the handler yields: sealed chunks
-(SPEC sections 5 and 6), Fernet ciphertexts (section 9), or the official worker's
-plaintext. Knows nothing of jobs or of the engine.
+(SPEC sections 5 and 6), bare or as server-sent events (section 1.2), Fernet ciphertexts
+(section 9), or the official worker's plaintext. Knows nothing of jobs or of the engine.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from crypto import AnswerSealer, Key, SimpleSealer
-from errors import RequestError
+from errors import Rejected, RequestError
 from frames import AnswerEvent, Body, End, Event, FrameEncoder, Head, Sse, Text, merge
 from protocol import PlaintextInput, Request
 
@@ -21,10 +21,25 @@ class Reply(Protocol):
     def render(self, events: Iterable[AnswerEvent]) -> list[Any]: ...
 
 
-class SealedReply:
-    """Chunks of the sealed protocol; one call, one chunk, unless a chunk cannot hold it."""
+def rejection(as_events: bool) -> list[Any]:
+    """Return what a request that cannot be opened is answered with (SPEC section 7)."""
+    failure = {"error": Rejected.TEXT}
+    # What the OpenAI route answers for a job that failed is the platform's secret.
+    return [_event(Rejected.TEXT), failure] if as_events else [failure]
 
-    def __init__(self, request: Request, key: Key) -> None:
+
+def _event(data: str) -> str:
+    return f"data: {data}\n\n"
+
+
+class SealedReply:
+    """Chunks of the sealed protocol; one call, one chunk, unless a chunk cannot hold it.
+
+    With `as_events` each is a server-sent event (SPEC section 1.2).
+    """
+
+    def __init__(self, request: Request, key: Key, *, as_events: bool = False) -> None:
+        self.as_events = as_events
         self._frames = FrameEncoder()
         self._sealer = AnswerSealer(request, key)
 
@@ -32,14 +47,19 @@ class SealedReply:
         events = list(events)
         if not events:
             return []
-        return self._sealer.seal(self._frames.encode(events), final=isinstance(events[-1], End))
+        return self.seal(self._frames.encode(events), isinstance(events[-1], End))
 
     def payload(self, events: Iterable[AnswerEvent]) -> bytes:
         """Return the frames of `events`, to be sealed by `seal` (paced mode)."""
         return self._frames.encode(events)
 
     def seal(self, payload: bytes, final: bool) -> list[str]:
-        return self._sealer.seal(payload, final=final)
+        chunks = self._sealer.seal(payload, final=final)
+        return [_event(chunk) for chunk in chunks] if self.as_events else chunks
+
+    def padding(self) -> list[str]:
+        """Return a chunk that says nothing but that the job was taken."""
+        return self.seal(b"", False)
 
 
 class SimpleReply:

@@ -29,7 +29,7 @@ from config import Settings
 from crypto import CELL_PAYLOAD_BYTES, KeyRing, ReplayGuard, RequestOpener, open_simple
 from errors import ConfigError, EngineDead, ModelError, Rejected, RequestError
 from frames import AnswerEvent, Body, End, Head
-from pacing import paced
+from pacing import paced, with_signs
 from protocol import (
     GENERATE,
     WORKER,
@@ -39,7 +39,7 @@ from protocol import (
     SimpleInput,
     parse_job_input,
 )
-from replies import PlaintextReply, Reply, SealedReply, SimpleReply
+from replies import PlaintextReply, Reply, SealedReply, SimpleReply, rejection
 
 if TYPE_CHECKING:
     from engine import Engine, Run
@@ -59,6 +59,8 @@ class _Job:
     outcome: str = "cancelled"
     started: float = field(default_factory=time.perf_counter)
     run: "Run | None" = None
+    as_events: bool = False
+    """Whether it is answered in server-sent events (SPEC section 1.2)."""
     release: Callable[[], None] = lambda: None
     """Gives the request id back if the answer does not reach its end."""
 
@@ -108,7 +110,8 @@ class Handler:
             state.outcome = "rejected"
             if not isinstance(error, Rejected):
                 self._internal(state, error)
-            yield {"error": Rejected.TEXT}
+            for item in rejection(state.as_events):
+                yield item
             return
         try:
             async for chunk in self._answer(asked, state):
@@ -131,11 +134,12 @@ class Handler:
                 raise Rejected from None
             return _Asked(Call("", "POST", b""), _PlainError(), "plaintext", error=error)
         match parsed:
-            case SealedInput(sealed):
+            case SealedInput(sealed, as_events):
+                state.as_events = as_events
                 opened = self._opener.open(sealed)
                 asked = _Asked(
                     opened.request.call,
-                    SealedReply(opened.request, opened.key),
+                    SealedReply(opened.request, opened.key, as_events=as_events),
                     opened.key.id,
                     opened.replay_id,
                     opened.request.expires_at,
@@ -189,6 +193,8 @@ class Handler:
             )
         else:
             chunks = (chunk async for batch in batches for chunk in reply.render(batch))
+            if isinstance(reply, SealedReply) and reply.as_events:
+                chunks = with_signs(chunks, reply.padding)
         async for chunk in chunks:
             yield chunk
 

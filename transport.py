@@ -8,12 +8,16 @@ Everything above is written once, as coroutines over a `Transport`. Those over
 """
 
 import asyncio
+import contextlib
 import functools
+import math
+import socket
 import ssl
+import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 import httpx2
@@ -23,6 +27,12 @@ from client_config import is_local
 CONNECT_TIMEOUT_S = 10.0
 CANCEL_TIMEOUT_S = 5.0
 """How long the cancelling of a job may delay an error or Ctrl-C."""
+
+SILENCE_S = 600.0
+"""How long an open answer may say nothing; a platform ends a job of that length by itself."""
+
+MAX_EVENT_BYTES = 1_000_000
+"""Largest server-sent event, which is more than a chunk can have."""
 
 _T = TypeVar("_T")
 
@@ -39,11 +49,36 @@ class Reply:
     elapsed_s: float
 
 
+class Events(Protocol):
+    """An HTTP answer that is read while it comes.
+
+    Where it is no stream of server-sent events, `body` holds all of it and there are none.
+    """
+
+    status: int
+    body: bytes
+    retry_after: str
+    streams: bool
+
+    async def next(self, until_s: float) -> str | None:
+        """Return the next event's data, None after the last.
+
+        TimeoutError when `until_s` on the monotonic clock comes first, ConnectionError when
+        the connection breaks. The answer is closed after either.
+        """
+
+    async def close(self) -> None:
+        """Close the connection if the answer has not ended; the other side notices."""
+
+
 class Transport(Protocol):
     """How requests are sent and time passes."""
 
     async def send(self, method: str, url: str, body: bytes | None, timeout_s: float) -> Reply:
         """Return the answer; httpx2.TransportError without one."""
+
+    async def open(self, method: str, url: str, body: bytes, timeout_s: float) -> Events:
+        """Return the answer once its head is there; httpx2.TransportError without one."""
 
     async def sleep(self, seconds: float) -> None:
         """Let time pass."""
@@ -96,6 +131,100 @@ def _reply(response: httpx2.Response, started_s: float) -> Reply:
     )
 
 
+def _patience(timeout_s: float) -> dict[str, float | None]:
+    return _timeout(min(SILENCE_S, timeout_s)).as_dict()
+
+
+class _Events:
+    """What both kinds know of an open answer."""
+
+    def __init__(self, response: httpx2.Response, patience: dict[str, float | None]) -> None:
+        self.status = response.status_code
+        self.body = b""
+        self.retry_after = response.headers.get("retry-after", "")
+        content_type = response.headers.get("content-type", "")
+        self.streams = self.status < 300 and content_type.startswith("text/event-stream")
+        self._response = response
+        if self.streams:
+            # What the head was given is not for the events; it is looked at again at the first.
+            patience["read"] = SILENCE_S
+
+
+def _broken(error: httpx2.TransportError) -> ConnectionError:
+    if isinstance(error, httpx2.TimeoutException):
+        return ConnectionError(f"it said nothing for {SILENCE_S:.0f} s")
+    return ConnectionError(str(error) or type(error).__name__)
+
+
+def _shut_down(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        # Not by the method of a TLS connection, which would take it apart while it is read.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+class _BlockingEvents(_Events):
+    def __init__(self, response: httpx2.Response, patience: dict[str, float | None]) -> None:
+        super().__init__(response, patience)
+        self._events = iter(httpx2.EventSource(response, MAX_EVENT_BYTES))
+        self._alarm: threading.Timer | None = None
+        self._alarm_s = math.inf
+
+    async def next(self, until_s: float) -> str | None:
+        self._set_alarm(until_s)
+        try:
+            event = next(self._events, None)
+        except httpx2.TransportError as error:
+            await self.close()
+            if time.monotonic() >= until_s:
+                raise TimeoutError from None
+            raise _broken(error) from None
+        return None if event is None else event.data
+
+    def _set_alarm(self, until_s: float) -> None:
+        """Have the connection ended at `until_s`: one read has one time-out, its own."""
+        if until_s == self._alarm_s:
+            return
+        if self._alarm:
+            self._alarm.cancel()
+            self._alarm = None
+        self._alarm_s = until_s
+        stream = self._response.extensions.get("network_stream")
+        connection = stream and stream.get_extra_info("socket")
+        if connection and until_s < math.inf:
+            delay_s = until_s - time.monotonic()
+            self._alarm = threading.Timer(delay_s, _shut_down, [connection])
+            self._alarm.daemon = True
+            self._alarm.start()
+
+    async def close(self) -> None:
+        self._set_alarm(math.inf)
+        self._response.close()
+
+
+class _AsyncEvents(_Events):
+    def __init__(self, response: httpx2.Response, patience: dict[str, float | None]) -> None:
+        super().__init__(response, patience)
+        events = aiter(httpx2.EventSource(response, MAX_EVENT_BYTES))
+        self._events = cast(AsyncGenerator[httpx2.ServerSentEvent, None], events)
+
+    async def next(self, until_s: float) -> str | None:
+        limit_s = None if until_s == math.inf else max(0.0, until_s - time.monotonic())
+        try:
+            async with asyncio.timeout(limit_s):
+                event = await anext(self._events, None)
+        except httpx2.TransportError as error:
+            await self.close()
+            raise _broken(error) from None
+        except BaseException:
+            await self.close()
+            raise
+        return None if event is None else event.data
+
+    async def close(self) -> None:
+        await self._events.aclose()
+        await self._response.aclose()
+
+
 class BlockingTransport:
     """Sends with pooled blocking connections; its coroutines never suspend."""
 
@@ -109,6 +238,18 @@ class BlockingTransport:
         started_s = time.monotonic()
         response = self._http.request(method, url, content=body, timeout=_timeout(timeout_s))
         return _reply(response, started_s)
+
+    async def open(self, method: str, url: str, body: bytes, timeout_s: float) -> Events:
+        """Send one request and read its answer's head."""
+        patience = _patience(timeout_s)
+        request = self._http.build_request(
+            method, url, content=body, extensions={"timeout": patience}
+        )
+        response = self._http.send(request, stream=True)
+        events = _BlockingEvents(response, patience)
+        if not events.streams:
+            events.body = response.read()
+        return events
 
     async def sleep(self, seconds: float) -> None:
         """Block the thread."""
@@ -140,6 +281,18 @@ class AsyncTransport:
         started_s = time.monotonic()
         response = await self._http.request(method, url, content=body, timeout=_timeout(timeout_s))
         return _reply(response, started_s)
+
+    async def open(self, method: str, url: str, body: bytes, timeout_s: float) -> Events:
+        """Send one request and read its answer's head."""
+        patience = _patience(timeout_s)
+        request = self._http.build_request(
+            method, url, content=body, extensions={"timeout": patience}
+        )
+        response = await self._http.send(request, stream=True)
+        events = _AsyncEvents(response, patience)
+        if not events.streams:
+            events.body = await response.aread()
+        return events
 
     async def sleep(self, seconds: float) -> None:
         """Suspend the task."""

@@ -20,10 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import runpod
 
 import log_guard
-from crypto import AnswerSealer, KeyRing, RequestOpener
+from crypto import KeyRing, RequestOpener
 from errors import Rejected, RequestError
-from frames import AnswerEvent, Body, End, Event, FrameEncoder, Head, Sse, Text
-from protocol import MAX_TTL_S, Request, parse_generate
+from frames import AnswerEvent, Body, End, Event, Head, Sse, Text
+from pacing import with_signs
+from protocol import MAX_TTL_S, Request, SealedInput, parse_generate, parse_job_input
+from replies import SealedReply, rejection
 
 FOLDER = Path(os.environ["ECHO_FOLDER"])
 OPENER = RequestOpener(
@@ -45,30 +47,44 @@ def note(name: str, line: str) -> None:
 
 async def handle(job: dict[str, Any]) -> AsyncIterator[Any]:
     note("runs", job["id"])
+    as_events = False
     try:
-        opened = OPENER.open(job["input"]["sealed"])
-    except Rejected as rejected:
-        yield {"error": str(rejected)}
+        parsed = parse_job_input(job["input"])
+        if not isinstance(parsed, SealedInput):
+            raise Rejected
+        as_events = parsed.as_events
+        opened = OPENER.open(parsed.sealed)
+    except (Rejected, RequestError):
+        for item in rejection(as_events):
+            yield item
         return
-    sealer = AnswerSealer(opened.request, opened.key)
-    encoder = FrameEncoder()
+    reply = SealedReply(opened.request, opened.key, as_events=as_events)
+    chunks = said(opened.request, reply, job["id"])
     try:
-        async for event in answer(opened.request, job["id"]):
-            if event is None:
-                os._exit(9)
-            if isinstance(event, str | dict):
-                yield event
-                continue
-            final = isinstance(event, End)
-            for chunk in sealer.seal(encoder.encode([event]), final=final):
-                yield chunk
-    except RequestError as error:
-        end = End(None, {}, {**error.body()["error"], "status": error.status})
-        for chunk in sealer.seal(encoder.encode([end]), final=True):
+        async for chunk in with_signs(chunks, reply.padding) if as_events else chunks:
             yield chunk
     except asyncio.CancelledError:
         note("cancelled", job["id"])
         raise
+
+
+async def said(request: Request, reply: SealedReply, job_id: str) -> AsyncIterator[Any]:
+    try:
+        async for event in answer(request, job_id):
+            if event is None:
+                os._exit(9)
+            elif isinstance(event, str):
+                yield f"data: {event}\n\n" if reply.as_events else event
+            elif isinstance(event, dict):
+                yield event
+            else:
+                for chunk in reply.render([event]):
+                    yield chunk
+    except RequestError as error:
+        for chunk in reply.render(
+            [End(None, {}, {**error.body()["error"], "status": error.status})]
+        ):
+            yield chunk
 
 
 async def answer(request: Request, job_id: str) -> AsyncIterator[Said]:
@@ -121,6 +137,7 @@ async def generate(content: bytes, job_id: str) -> AsyncIterator[Said]:
         raise RequestError("the prompt is longer than the context", param="messages")
     if behaviour == "already_running":
         raise RequestError("elsewhere", status=409, code="already_running")
+    await asyncio.sleep(params.get("before_s", 0))
     yield Head(200, "generate", "text/plain")
     words = text.split(" ")
     for index in range(params.get("n", 1)):

@@ -430,8 +430,12 @@ def verdicts(done: Done) -> dict[str, str]:
     return {line[6:].split(": ")[0]: line[:4].strip() for line in rows}
 
 
-def test_doctor_finds_everything_in_order(echo: Echo) -> None:
-    done = run(echo.environ, "doctor")
+@pytest.mark.parametrize(
+    ("transport", "told"), [("run", "by /run and /stream"), ("openai", "by its OpenAI route")]
+)
+def test_doctor_finds_everything_in_order(echo: Echo, transport: str, told: str) -> None:
+    done = run({**echo.environ, "CLIENT_TRANSPORT": transport}, "doctor")
+    assert told in done.out
     assert done.code == 0, done.out
     assert verdicts(done) == dict.fromkeys(
         [

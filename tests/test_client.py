@@ -14,6 +14,7 @@ import pytest
 
 import delivery
 import endpoint
+import job_polled
 from client import Answer, AsyncClient, Client, Progress, Response
 from client_config import ClientSettings, load
 from crypto import generate_key
@@ -753,6 +754,49 @@ def test_polling_adapts_to_the_platform(echo: Echo, unheld: Echo) -> None:
     held, polled = reads(echo), reads(unheld)
     assert held <= 9
     assert held < polled <= 45
+
+
+def first_byte_s(platform: Echo, before_s: float) -> float:
+    """Return how long after its arrival on the platform the first text is the client's."""
+    with (
+        Client(platform.settings) as client,
+        client.chat("a b c", stream=True, before_s=before_s) as stream,
+    ):
+        assert next(stream).text
+        seen_s = time.monotonic()
+        arrived_s = platform.job(stream.job_id).first_chunk_s
+    assert arrived_s is not None
+    return seen_s - arrived_s
+
+
+@pytest.fixture(scope="module")
+def briefly_held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Echo]:
+    """A platform that holds reads for less than an answer takes to begin."""
+    with Echo(tmp_path_factory.mktemp("held"), stream_hold_s=0.6) as running:
+        yield running
+
+
+@pytest.mark.parametrize("before_s", [0.0, 0.3, 0.65, 1.3])
+def test_polling_adds_little_to_the_first_byte_on_a_platform_that_holds_reads(
+    briefly_held: Echo, before_s: float
+) -> None:
+    # Also where the first byte comes just after a read that was held in vain.
+    assert sorted(first_byte_s(briefly_held, before_s) for _ in range(3))[1] < 0.1
+
+
+def test_the_first_byte_test_can_fail(briefly_held: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that pauses after reads that were held finds the first byte late."""
+    monkeypatch.setattr(job_polled, "HELD_S", float("inf"))
+    monkeypatch.setattr(job_polled, "FIRST_DELAY_S", job_polled.LONGEST_DELAY_S)
+    assert first_byte_s(briefly_held, 0.65) > 0.1
+
+
+@pytest.mark.parametrize("before_s", [0.0, 0.45, 0.8, 1.1])
+def test_polling_adds_its_longest_pause_at_most_on_a_platform_that_does_not(
+    unheld: Echo, before_s: float
+) -> None:
+    added_s = sorted(first_byte_s(unheld, before_s) for _ in range(3))[1]
+    assert added_s < job_polled.LONGEST_DELAY_S + 0.1
 
 
 class NotTheApi(http.server.BaseHTTPRequestHandler):

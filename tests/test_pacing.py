@@ -1,4 +1,4 @@
-"""Paced mode: what leaves when, whatever comes."""
+"""What leaves when: in paced mode whatever comes, and beside a wait."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from pacing import MAX_WAITING_BYTES, paced
+import pacing
+from pacing import MAX_WAITING_BYTES, paced, with_signs
 
 CELL = 10
 TICK_S = 0.02
@@ -113,3 +114,65 @@ async def test_leaving_early_ends_the_producer() -> None:
     async with contextlib.aclosing(paced(endless(), seal, TICK_S, CELL)) as chunks:  # type: ignore[type-var]
         await anext(chunks)
     await asyncio.wait_for(ended.wait(), 5)
+
+
+async def test_signs_are_given_until_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pacing, "SIGN_AFTER_S", TICK_S)
+    monkeypatch.setattr(pacing, "SIGN_EVERY_S", 2 * TICK_S)
+    ready = asyncio.Event()
+
+    async def slow() -> AsyncIterator[str]:
+        await ready.wait()
+        yield "first"
+        await asyncio.sleep(5 * TICK_S)
+        yield "second"
+
+    said: list[str] = []
+    async for chunk in with_signs(slow(), lambda: ["sign"]):
+        said.append(chunk)
+        if len(said) == 3:
+            ready.set()
+    assert said == ["sign", "sign", "sign", "first", "second"]
+
+
+async def test_who_says_something_soon_gives_no_sign() -> None:
+    async def quick() -> AsyncIterator[str]:
+        yield "a"
+        yield "b"
+
+    assert [chunk async for chunk in with_signs(quick(), lambda: ["sign"])] == ["a", "b"]
+
+
+@pytest.mark.parametrize("signs", [0, 1])
+async def test_leaving_while_there_are_signs_ends_the_producer(
+    signs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pacing, "SIGN_AFTER_S", TICK_S if signs else 60)
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def silent() -> AsyncIterator[str]:
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+            yield ""
+        finally:
+            ended.set()
+
+    async def read() -> None:
+        async for _ in with_signs(silent(), lambda: ["sign"]):
+            left.set()
+
+    left = asyncio.Event()
+    reading = asyncio.create_task(read())
+    await asyncio.wait_for((left if signs else begun).wait(), 5)
+    reading.cancel()
+    await asyncio.wait_for(ended.wait(), 5)
+
+
+async def test_a_failure_before_the_first_chunk_is_the_readers() -> None:
+    async def fails() -> AsyncIterator[str]:
+        raise ValueError("told to fail")
+        yield ""
+
+    with pytest.raises(ValueError, match="told to fail"):
+        await anext(with_signs(fails(), lambda: ["sign"]))

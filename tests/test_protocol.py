@@ -217,6 +217,35 @@ def test_encrypted_forms_stand_alone(member: str) -> None:
             parse_job_input(wrong)
 
 
+def test_the_openai_route_carries_the_sealed_form() -> None:
+    given = {"sealed": "1.x.y", "stream": True}
+    for job_input in (
+        {"openai_route": "/v1/chat/completions", "openai_input": given},
+        {"openai_route": "/v1/models", "openai_input": given},
+        {"openai_input": given},
+    ):
+        assert parse_job_input(job_input) == SealedInput("1.x.y", as_events=True)
+
+
+@pytest.mark.parametrize(
+    "job_input",
+    [
+        {"openai_input": {"sealed": "x"}},
+        {"openai_input": {"sealed": "x", "stream": False}},
+        {"openai_input": {"sealed": "x", "stream": 1}},
+        {"openai_input": {"sealed": "x", "stream": "true"}},
+        {"openai_input": {"sealed": "x", "stream": True, "model": CANARY}},
+        {"openai_input": {"sealed": "x", "stream": True, "messages": [CANARY]}},
+        {"openai_input": {"sealed": None, "stream": True}},
+        {"openai_input": {"sealed": [CANARY], "stream": True}},
+        {"openai_input": {"sealed": "x", "stream": True}, "prompt": CANARY},
+    ],
+)
+def test_it_carries_nothing_beside(job_input: Any) -> None:
+    with pytest.raises(Rejected):
+        parse_job_input(job_input)
+
+
 MESSAGES = [{"role": "user", "content": CANARY}]
 
 

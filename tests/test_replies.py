@@ -14,10 +14,10 @@ from crypto import (
     new_request,
     open_simple_answer,
 )
-from errors import RequestError
+from errors import Rejected, RequestError
 from frames import AnswerEvent, Body, End, Event, FrameDecoder, Head, Sse, Text
 from protocol import Request, parse_job_input
-from replies import PlaintextReply, SealedReply, SimpleReply
+from replies import PlaintextReply, SealedReply, SimpleReply, rejection
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 ERROR = {"message": "no", "type": "T", "param": None, "code": 400, "status": 400}
@@ -63,6 +63,29 @@ class TestSealed:
         opened = [AnswerOpener(request_, key).open(chunk) for chunk in chunks]
         assert [chunk.final for chunk in opened] == [False, False, True]
         assert all(len(chunk) < 1_000_000 for chunk in chunks)
+
+    def test_as_events_each_chunk_is_one(self, key: Key, request_: Request) -> None:
+        reply = SealedReply(request_, key, as_events=True)
+        yielded = [
+            *reply.padding(),
+            *reply.render([Body(b"x" * 600_000)]),
+            *reply.seal(reply.payload([End(None, {})]), True),
+        ]
+        for item in yielded:
+            assert item.startswith("data: 1.") and item.endswith("\n\n")
+            assert item.count("\n") == 2
+        opener = AnswerOpener(request_, key)
+        opened = [opener.open(item[6:-2]) for item in yielded]
+        assert [chunk.seq for chunk in opened] == [0, 1, 2, 3]
+        assert [chunk.final for chunk in opened] == [False, False, False, True]
+        assert opened[0].payload == b""
+
+    def test_a_rejection_is_a_failed_job_and_an_event_before_it(self) -> None:
+        assert rejection(as_events=False) == [{"error": Rejected.TEXT}]
+        assert rejection(as_events=True) == [
+            f"data: {Rejected.TEXT}\n\n",
+            {"error": Rejected.TEXT},
+        ]
 
 
 class TestSimple:

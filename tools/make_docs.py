@@ -55,6 +55,7 @@ GROUPS = {
         "job",
         "progress",
         "job_polled",
+        "job_route",
         "delivery",
         "endpoint",
         "transport",
