@@ -76,10 +76,12 @@ class RouteJob(Job):
             raise self._cut(f"broke ({error})") from None
         if data is None:
             raise self._cut("ended")
-        if self._queued and data == Rejected.TEXT:
-            raise self._failure(data)
-        if data.startswith("{") and (words := said(data.encode())):
-            raise self._failure(words)
+        failure = data if self._queued and data == Rejected.TEXT else None
+        if data.startswith("{"):
+            failure = said(data.encode())
+        if failure:
+            self._over = True
+            raise self._failure(failure)
         self._status = "IN_PROGRESS"
         await self._report()
         events = self._delivery.take([data])
