@@ -39,7 +39,7 @@ run: model ## start the local RunPod with one worker of the demo model (or of MO
 lint: setup ## check style and types
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
-	@$(PY) -m mypy $(wildcard *.py) tests tools
+	@$(PY) -m mypy $(wildcard *.py) examples tests tools
 
 bench: model ## measure the worker against the bare engine (ARGS=--plot draws a picture)
 	@$(PY) tools/bench.py $(ARGS)

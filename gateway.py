@@ -23,12 +23,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
+import gateway_api
 import gateway_config
 import gateway_page
+import gateway_vapi
+import gateway_voice
 import log_guard
 from client import AsyncClient, versions
 from crypto import KeyRing
 from errors import ConfigError, RequestError, SealedError
+from gateway_admin import Admin
 from gateway_config import GatewaySettings
 from gateway_errors import error_response
 from gateway_guard import Guard
@@ -61,6 +65,9 @@ class Gateway:
             keepalive_s=settings.keepalive_s,
             on_answer=self.catalog.seen_awake,
         )
+        self.admin = Admin(client, settings.admin_token, self.status)
+        voice_file = settings.vapi.voice_file
+        self._voice = gateway_voice.load(voice_file) if voice_file else None
 
     def application(self) -> ASGIApp:
         """Return the ASGI application."""
@@ -70,6 +77,14 @@ class Gateway:
             Route("/ready", self._ready),
             Route("/metrics", self._metrics),
             Route("/api/status", self._status),
+            *gateway_api.routes(
+                self.client,
+                self.metrics,
+                keepalive_s=self.settings.keepalive_s,
+                on_answer=self.catalog.seen_awake,
+            ),
+            *gateway_vapi.routes(self.settings.vapi, self._voice),
+            *self.admin.routes(),
         ]
         for prefix in ("", "/v1"):
             routes += [
@@ -210,8 +225,13 @@ async def _serve(settings: GatewaySettings) -> None:
         greeting = asyncio.ensure_future(_greet(gateway))
         try:
             await server.serve([listener])
+            # uvicorn raises the signal that ended it once more, which cancels this task; what
+            # follows still has jobs to cancel.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
         finally:
             greeting.cancel()
+            await gateway.admin.close()
             await gateway.catalog.close()
 
 

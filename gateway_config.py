@@ -41,7 +41,47 @@ SETTINGS = (
     Setting("GATEWAY_MODELS", "", "models to list until a worker was asked; comma-separated"),
     Setting("GATEWAY_MODELS_TTL_S", "300", "how long the list of models is taken as current"),
     Setting("GATEWAY_KEEPALIVE_S", "5", "how long a stream may be silent before a comment is sent"),
+    Setting("GATEWAY_VAPI_FILE", "", "a voice file, which turns the Vapi webhook on"),
+    Setting("GATEWAY_VAPI_TOKEN", "", "Vapi shows it as `Authorization: Bearer`"),
+    Setting("GATEWAY_VAPI_TOKEN_FILE", "", "a file of mode 0600 that holds it"),
+    Setting("GATEWAY_VAPI_SECRET", "", "Vapi shows it as `X-Vapi-Secret`"),
+    Setting("GATEWAY_VAPI_SECRET_FILE", "", "a file of mode 0600 that holds it"),
+    Setting("GATEWAY_VAPI_HMAC_KEY", "", "Vapi signs its messages with it (HMAC, SHA256)"),
+    Setting("GATEWAY_VAPI_HMAC_KEY_FILE", "", "a file of mode 0600 that holds it"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class VapiSettings:
+    """The voice file and by what Vapi is known; whichever of the three is set is enough."""
+
+    voice_file: str = ""
+    token: str = field(default="", repr=False)
+    secret: str = field(default="", repr=False)
+    hmac_key: str = field(default="", repr=False)
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        """Read the settings; faults stay with the reader."""
+        settings = cls(
+            voice_file=reader.text("GATEWAY_VAPI_FILE"),
+            token=reader.secret("GATEWAY_VAPI_TOKEN", required=False),
+            secret=reader.secret("GATEWAY_VAPI_SECRET", required=False),
+            hmac_key=reader.secret("GATEWAY_VAPI_HMAC_KEY", required=False),
+        )
+        if settings.voice_file and not settings.on:
+            reader.faults.append(
+                "GATEWAY_VAPI_FILE is set, but nothing by which Vapi is known; set one of "
+                "GATEWAY_VAPI_TOKEN, GATEWAY_VAPI_SECRET and GATEWAY_VAPI_HMAC_KEY"
+            )
+        if settings.on and not settings.voice_file:
+            reader.faults.append("GATEWAY_VAPI_FILE is not set; without it the webhook is off")
+        return settings
+
+    @property
+    def on(self) -> bool:
+        """Whether there is something by which Vapi is known."""
+        return bool(self.token or self.secret or self.hmac_key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +99,7 @@ class GatewaySettings:
     models: tuple[str, ...] = ()
     models_ttl_s: float = 300.0
     keepalive_s: float = 5.0
+    vapi: VapiSettings = field(default_factory=VapiSettings)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Self:
@@ -78,6 +119,7 @@ class GatewaySettings:
             models=_list(reader, "GATEWAY_MODELS"),
             models_ttl_s=reader.seconds("GATEWAY_MODELS_TTL_S") or 300.0,
             keepalive_s=reader.seconds("GATEWAY_KEEPALIVE_S") or 5.0,
+            vapi=VapiSettings.read(reader),
         )
         if reader.faults:
             raise ConfigError(reader.faults)

@@ -7,7 +7,7 @@ both directions; nothing of them is looked at but `stream`.
 
 import asyncio
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,8 +15,8 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from answers import Response
-from client import AsyncClient, AsyncRawStream
+from answers import Answer, Response
+from client import AsyncClient, AsyncRawStream, AsyncStream
 from errors import RateLimited, RequestError, SealedError
 from gateway_errors import ANTHROPIC_ROUTES, error_body
 from gateway_guard import not_found
@@ -29,7 +29,7 @@ HEAD_WAIT_S = 2.0
 """How long the head of an answer waits for its real status. A worker that is awake tells it
 sooner; for one that has to start, the stream begins and an error becomes an event of it."""
 
-_EVENTS = "text/event-stream; charset=utf-8"
+EVENTS = "text/event-stream; charset=utf-8"
 _COMMENT = b": waiting for the worker\n\n"
 
 T = TypeVar("T")
@@ -72,47 +72,34 @@ class Relay:
         if route is None:
             await not_found(scope["path"])(scope, receive, send)
             return
-        request = Request(scope, receive)
-        try:
-            content = await request.body()
-        except ClientDisconnect:
-            return
-        measured = self._metrics.begin(route, len(content))
-        reply = _Reply(route, send, measured)
-        answering = asyncio.ensure_future(self._answer(request.method, content, reply))
-        leaving = asyncio.ensure_future(_disconnected(receive))
-        try:
-            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            gone = not answering.done()
-            leaving.cancel()
-            answering.cancel()
-            # Until the job is cancelled on the platform too.
-            await asyncio.wait({answering})
-            measured.end(gone=gone)
-        if not answering.cancelled():
-            answering.result()
+        await serve(
+            scope,
+            receive,
+            send,
+            route=route,
+            metrics=self._metrics,
+            keepalive_s=self._keepalive_s,
+            work=self._answer,
+        )
 
-    async def _answer(self, method: str, content: bytes, reply: "_Reply") -> None:
-        try:
-            streams = _check(reply.route, method, content)
-            async with self._client.send(
-                reply.route,
-                content if method == "POST" else None,
-                method="POST" if method == "POST" else "GET",
-                streamed=streams,
-            ) as answer:
-                reply.submitted(answer)
-                if streams:
-                    await self._stream(answer, reply)
-                else:
-                    await reply.whole(await answer.response())
-            self._on_answer()
-        except SealedError as error:
-            await reply.fail(error)
+    async def _answer(self, request: Request, content: bytes, reply: "Reply") -> None:
+        streams = _check(reply.route, request.method, content)
+        posts = request.method == "POST"
+        async with self._client.send(
+            reply.route,
+            content if posts else None,
+            method="POST" if posts else "GET",
+            streamed=streams,
+        ) as answer:
+            reply.submitted(answer)
+            if streams:
+                await self._stream(answer, reply)
+            else:
+                await reply.whole(await answer.response())
+        self._on_answer()
 
-    async def _stream(self, answer: AsyncRawStream, reply: "_Reply") -> None:
-        head = await self._alive(answer.head(), reply)
+    async def _stream(self, answer: AsyncRawStream, reply: "Reply") -> None:
+        head = await reply.alive(answer.head())
         if head.kind != "sse":
             # An error, as nothing else answers a wish for a stream with a body.
             response = await answer.response()
@@ -121,25 +108,10 @@ class Relay:
             await reply.whole(response)
             return
         await reply.begin(head.status, head.content_type)
-        while events := await self._alive(answer.batch(), reply):
+        while events := await reply.alive(answer.batch()):
             await reply.send(b"".join(event + b"\n\n" for event in events))
         reply.measured.usage = (await answer.response()).usage or {}
         await reply.end()
-
-    async def _alive(self, work: Coroutine[Any, Any, T], reply: "_Reply") -> T:
-        """Wait for `work`, and tell the client now and then that it is worth waiting."""
-        task = asyncio.ensure_future(work)
-        patience_s = self._keepalive_s if reply.started else HEAD_WAIT_S
-        try:
-            while not (await asyncio.wait({task}, timeout=patience_s))[0]:
-                await reply.begin(200, _EVENTS)
-                await reply.send(_COMMENT, more=True)
-                patience_s = self._keepalive_s
-        except asyncio.CancelledError:
-            task.cancel()
-            await asyncio.wait({task})
-            raise
-        return task.result()
 
 
 def _check(route: str, method: str, content: bytes) -> bool:
@@ -159,24 +131,21 @@ def _check(route: str, method: str, content: bytes) -> bool:
         raise RequestError("the body is not valid JSON") from None
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 @dataclass(slots=True)
-class _Reply:
+class Reply:
     """The HTTP answer of one request."""
 
     route: str
     _send: Send
     measured: Measured
+    _keepalive_s: float
     started: bool = False
     request_id: str = ""
     job_id: str = ""
     may_retry: bool = False
 
-    def submitted(self, answer: AsyncRawStream) -> None:
+    def submitted(self, answer: AsyncRawStream | AsyncStream | Answer) -> None:
+        """Take the ids that the head of the answer tells."""
         self.request_id = answer.request_id
         self.job_id = answer.job_id
 
@@ -206,14 +175,32 @@ class _Reply:
             }
         )
 
+    async def alive(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for `work`, and tell the client now and then that it is worth waiting."""
+        task = asyncio.ensure_future(work)
+        patience_s = self._keepalive_s if self.started else HEAD_WAIT_S
+        try:
+            while not (await asyncio.wait({task}, timeout=patience_s))[0]:
+                await self.begin(200, EVENTS)
+                await self.send(_COMMENT)
+                patience_s = self._keepalive_s
+        except asyncio.CancelledError:
+            task.cancel()
+            await asyncio.wait({task})
+            raise
+        return task.result()
+
     async def send(self, body: bytes, *, more: bool = True) -> None:
+        """Send a piece of the body."""
         self.measured.sent(len(body))
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def end(self) -> None:
+        """End a body that was sent in pieces."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def whole(self, response: Response) -> None:
+        """Send an answer that is there as a whole."""
         self.measured.usage = response.usage or {}
         await self.begin(response.status, response.content_type, len(response.body))
         await self.send(response.body, more=False)
@@ -229,3 +216,52 @@ class _Reply:
         self.may_retry = isinstance(error, RateLimited) and not self.job_id
         await self.begin(error.status, "application/json", len(body))
         await self.send(body, more=False)
+
+
+Work = Callable[[Request, bytes, Reply], Awaitable[None]]
+"""Answers one request, given its body; a SealedError from it is told to the client."""
+
+
+async def serve(
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    *,
+    route: str,
+    metrics: Metrics,
+    keepalive_s: float,
+    work: Work,
+) -> None:
+    """Answer one request by `work`, which is cancelled, and its job with it, if the client goes."""
+    request = Request(scope, receive)
+    try:
+        content = await request.body()
+    except ClientDisconnect:
+        return
+    measured = metrics.begin(route, len(content))
+    reply = Reply(route, send, measured, keepalive_s)
+    answering = asyncio.ensure_future(_answered(work(request, content, reply), reply))
+    leaving = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone = not answering.done()
+        leaving.cancel()
+        answering.cancel()
+        # Until the job is cancelled on the platform too.
+        await asyncio.wait({answering})
+        measured.end(gone=gone)
+    if not answering.cancelled():
+        answering.result()
+
+
+async def _answered(answer: Awaitable[None], reply: Reply) -> None:
+    try:
+        await answer
+    except SealedError as error:
+        await reply.fail(error)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

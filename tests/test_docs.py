@@ -13,6 +13,7 @@ import pytest
 
 import client_config
 import config
+import gateway_config
 import rp_handler
 from local_runpod import LocalRunpod
 from tests.workers import MODEL, ROOT, Caller, RunningWorker
@@ -222,13 +223,18 @@ def test_variables_that_are_named_exist() -> None:
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
     )
-    settings = {setting.name for setting in (*config.SETTINGS, *client_config.SETTINGS)}
+    settings = {
+        setting.name
+        for setting in (*config.SETTINGS, *client_config.SETTINGS, *gateway_config.SETTINGS)
+    }
     others = {
         "TIMED_OUT",
         "RUNPOD_INIT_TIMEOUT",
         "RUNPOD_SECRET_encryption_key",
         "RUNPOD_SECRET_hf_token",
+        "YOUR_ADDRESS",
         "YOUR_NAME",
+        "TOOL_LIMIT_S",
     }
     named = set(re.findall(r"\b[A-Z]+(?:_[A-Za-z]+)+\b", README))
     assert named <= settings | others | set(ran.stdout.split())

@@ -70,6 +70,10 @@ GROUPS = {
         "gateway_models",
         "gateway_metrics",
         "gateway_page",
+        "gateway_api",
+        "gateway_admin",
+        "gateway_vapi",
+        "gateway_voice",
     ),
     "The local platform": (
         "local_runpod",
@@ -98,6 +102,7 @@ OTHERS = {
     "vllm_logging.json": "vLLM's logging, with the content filter of `log_guard.py`.",
     "page": "The gateway's status page, served by `gateway_page.py`.",
     "docs": "Longer guides, and pictures.",
+    "examples": "Files to copy: a voice file for the Vapi webhook.",
     "tests": "The tests; each file says what it holds.",
     "tools": "Scripts behind the commands.",
 }
