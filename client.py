@@ -7,11 +7,12 @@
                 print(delta.text, end="")
 
 `AsyncClient` is the same with `await`, `async with` and `async for`. Leaving a
-stream early, an exception or a cancelled task cancels the job.
+stream early, an exception or a cancelled task cancels the job. What `submit` hands
+over goes on by itself; `result` gets its answer, in another process too.
 
 Owns the calls and the shapes they return. The command is in `commands`, the life
-of a job in `job`, the platform's HTTP in `endpoint`, what is believed in
-`delivery`. Needs neither vllm, torch nor runpod.
+of a job in `job` and, once submitted, in `submissions`, the platform's HTTP in
+`endpoint`, what is believed in `delivery`. Needs neither vllm, torch nor runpod.
 
 Options of every call: `timeout_s` (until the answer is complete), `wait_s` (until
 a worker takes the job), `ttl_s` (how long the request is valid, also for the
@@ -23,7 +24,8 @@ vLLM's sampling parameters (SPEC section 8.1). An option that is None is not giv
 """
 
 import json
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self, TypeVar, overload
 
 import httpx2
@@ -36,6 +38,7 @@ from endpoint import Endpoint
 from errors import AnswerError, ConfigError, RequestError
 from job import Job, Limits
 from job_polled import PolledJob
+from job_records import TTL_S, JobRecords, SubmittedJob
 from job_route import RouteJob
 from protocol import GENERATE, WORKER, GenerateBody, parse_generate
 from streams import (
@@ -47,6 +50,7 @@ from streams import (
     read_answer,
     read_response,
 )
+from submissions import Submissions
 from transport import AsyncTransport, BlockingTransport, Transport, run_blocking
 
 __all__ = [
@@ -62,6 +66,7 @@ __all__ = [
     "RawStream",
     "Response",
     "Stream",
+    "SubmittedJob",
 ]
 
 Messages = str | Sequence[Mapping[str, Any]]
@@ -73,6 +78,7 @@ T = TypeVar("T")
 Awaited = Coroutine[Any, Any, T]
 
 _LIMITS = frozenset(Limits.__dataclass_fields__)
+_WAITING = ("timeout_s", "wait_s", "on_progress")
 _BODY_MEMBERS = frozenset(GenerateBody.__struct_fields__) - {
     "messages",
     "prompt",
@@ -87,6 +93,8 @@ class _Core:
     def __init__(self, settings: ClientSettings, transport: Transport) -> None:
         self._settings = settings
         self.endpoint = Endpoint(transport, settings.api_base, settings.endpoint_id)
+        self.records = JobRecords(settings.state_dir)
+        self.submissions = Submissions(self.endpoint, self.records)
         self._key = None
         if settings.encryption_key:
             self._key = KeyRing.parse(settings.encryption_key).first
@@ -180,6 +188,32 @@ class _Core:
         job = self.job(route, content, streamed=stream, method=method, options=options)
         return Pieces(job, ResponseBuilder()), stream
 
+    def lasting(self, options: Mapping[str, Any]) -> "_Core":
+        """Return a core whose jobs may outlast their client; TypeError for options of waiting."""
+        if waiting := [name for name in _WAITING if options.get(name) is not None]:
+            raise TypeError(f"nobody waits for a submitted job: {', '.join(waiting)}")
+        settings = replace(
+            self._settings,
+            # Only there does a job have an id.
+            transport="run",
+            # The platform forgets the job when its request expires: no worker starts it in vain.
+            ttl_s=self._settings.ttl_s or TTL_S,
+        )
+        return _Core(settings, self.endpoint.transport)
+
+    async def result(
+        self,
+        job: SubmittedJob | str,
+        timeout_s: float | None,
+        check: bool,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> Answer | Response:
+        limit_s = self._settings.timeout_s if timeout_s is None else timeout_s
+        answer = await self.submissions.result(job, timeout_s=limit_s, on_progress=on_progress)
+        if check and isinstance(answer, Response) and (error := answer.error()):
+            raise error
+        return answer
+
 
 def encode(body: Mapping[str, Any]) -> bytes:
     """Return a body as JSON; RequestError for what JSON cannot hold."""
@@ -244,6 +278,7 @@ class Client:
         self._transport = BlockingTransport(settings.api_base, settings.api_key, transport)
         self._core = _Core(settings, self._transport)
         self.endpoint = self._core.endpoint
+        self.records = self._core.records
 
     def __enter__(self) -> Self:
         return self
@@ -312,6 +347,53 @@ class Client:
         pieces, streams = self._core.request(route, body, method, stream, options)
         return RawStream(pieces, check) if streams else run_blocking(read_response(pieces, check))
 
+    def submit(
+        self,
+        messages: Messages,
+        *,
+        system: str | None = None,
+        record: bool = True,
+        **options: Any,
+    ) -> SubmittedJob:
+        """Submit a conversation, and leave it; `result` gets its answer.
+
+        Without `record` what opens the answer is in no file, only in what is returned. The
+        options are those of `chat` but for the ones about waiting; `ttl_s` is a day.
+        """
+        core = self._core.lasting(options)
+        pieces = core.chat(messages, system, False, options)
+        return run_blocking(core.submissions.submit(pieces.job, record=record))
+
+    def submit_request(
+        self,
+        route: str,
+        body: Body = None,
+        *,
+        method: Method = "POST",
+        record: bool = True,
+        **options: Any,
+    ) -> SubmittedJob:
+        """Submit a call of an OpenAI or vLLM route, and leave it; see `submit`."""
+        core = self._core.lasting(options)
+        pieces, _ = core.request(route, body, method, None, options)
+        return run_blocking(core.submissions.submit(pieces.job, record=record))
+
+    def result(
+        self,
+        job: SubmittedJob | str,
+        *,
+        timeout_s: float | None = None,
+        check: bool = True,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Answer | Response:
+        """Wait for a submitted job, or the id of a recorded one, and return its answer.
+
+        NotOver after `timeout_s`; 0 looks once. The job goes on then, and its record stays
+        until `records.discard`. With `check` a route's status of 400 or more is raised as
+        RequestError.
+        """
+        return run_blocking(self._core.result(job, timeout_s, check, on_progress))
+
     def worker(self, **options: Any) -> dict[str, Any]:
         """Return what a worker says of itself: versions, models, limits, clock (SPEC 8.2)."""
         return _object(self.request(WORKER, method="GET", stream=False, **options))
@@ -350,6 +432,7 @@ class AsyncClient:
         self._transport = AsyncTransport(settings.api_base, settings.api_key, transport)
         self._core = _Core(settings, self._transport)
         self.endpoint = self._core.endpoint
+        self.records = self._core.records
 
     async def __aenter__(self) -> Self:
         return self
@@ -434,6 +517,44 @@ class AsyncClient:
         """
         job = self._core.job(route, content, streamed=streamed, method=method, options=options)
         return AsyncRawStream(Pieces(job, ResponseBuilder()), check=False)
+
+    async def submit(
+        self,
+        messages: Messages,
+        *,
+        system: str | None = None,
+        record: bool = True,
+        **options: Any,
+    ) -> SubmittedJob:
+        """Submit a conversation; see Client.submit."""
+        core = self._core.lasting(options)
+        pieces = core.chat(messages, system, False, options)
+        return await core.submissions.submit(pieces.job, record=record)
+
+    async def submit_request(
+        self,
+        route: str,
+        body: Body = None,
+        *,
+        method: Method = "POST",
+        record: bool = True,
+        **options: Any,
+    ) -> SubmittedJob:
+        """Submit a call of an OpenAI or vLLM route; see Client.submit."""
+        core = self._core.lasting(options)
+        pieces, _ = core.request(route, body, method, None, options)
+        return await core.submissions.submit(pieces.job, record=record)
+
+    async def result(
+        self,
+        job: SubmittedJob | str,
+        *,
+        timeout_s: float | None = None,
+        check: bool = True,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Answer | Response:
+        """Wait for a submitted job and return its answer; see Client.result."""
+        return await self._core.result(job, timeout_s, check, on_progress)
 
     async def worker(self, **options: Any) -> dict[str, Any]:
         """Return what a worker says of itself; see Client.worker."""

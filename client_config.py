@@ -22,6 +22,7 @@ DEFAULT_API_BASE = "https://api.runpod.ai/v2"
 DEFAULT_TTL_S = 3600
 DEFAULT_TRANSPORT = "run"
 TRANSPORTS = ("run", "openai")
+DEFAULT_STATE_DIR = "~/.local/state/sealed-vllm"
 MAX_KEY_FILE_BYTES = 64 * 1024
 
 _ENDPOINT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -60,6 +61,11 @@ SETTINGS = (
         "how requests travel: `run` (`/run`, then `/stream`), or `openai` (the endpoint's OpenAI "
         "route: one streamed answer, no job id, and cut by the platform if it is long)",
     ),
+    Setting(
+        "CLIENT_STATE_DIR",
+        "`$XDG_STATE_HOME/sealed-vllm`, or `~/.local/state/sealed-vllm`",
+        "where `submit` keeps what opens the answers of its jobs",
+    ),
 )
 
 
@@ -76,6 +82,8 @@ class ClientSettings:
     wait_s: float | None = None
     ttl_s: int | None = None
     transport: str = DEFAULT_TRANSPORT
+    state_dir: Path = Path(DEFAULT_STATE_DIR)
+    """Where the records of submitted jobs are kept; made when the first one is."""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], *, with_key: bool = True) -> Self:
@@ -101,6 +109,7 @@ class ClientSettings:
             wait_s=reader.seconds("CLIENT_WAIT_S"),
             ttl_s=reader.whole_seconds("CLIENT_TTL_S"),
             transport=reader.choice("CLIENT_TRANSPORT", TRANSPORTS),
+            state_dir=reader.state_dir(),
         )
 
 
@@ -109,6 +118,11 @@ def load(
 ) -> ClientSettings:
     """Read the settings from the process's environment; what `overrides` gives takes its place."""
     return ClientSettings.from_environ(environment(overrides or {}), with_key=with_key)
+
+
+def load_state_dir() -> Path:
+    """Return the folder of what is kept between two runs; no other setting needs to be right."""
+    return Reader(environment({})).state_dir()
 
 
 def environment(overrides: Mapping[str, str | None]) -> dict[str, str]:
@@ -212,6 +226,16 @@ class Reader:
                 "use https:// (http:// is for this machine and private networks)"
             )
         return value.rstrip("/")
+
+    def state_dir(self) -> Path:
+        """Return the folder of what is kept between two runs."""
+        given, state_home = self.text("CLIENT_STATE_DIR"), self.text("XDG_STATE_HOME")
+        if given:
+            return Path(given)
+        # A relative XDG_STATE_HOME counts as none, by the XDG base directory specification.
+        if Path(state_home).is_absolute():
+            return Path(state_home) / "sealed-vllm"
+        return Path(DEFAULT_STATE_DIR)
 
     def seconds(self, name: str) -> float | None:
         """Return a positive number of seconds, None where it is not set."""

@@ -1,7 +1,8 @@
 """The command `python client.py`: which function serves which word, signals and exit codes.
 
 The arguments are in `commands_parser`, what is printed where in `commands_screen`, the
-commands that ask in `commands_ask`, the check list of `doctor` in `doctor`.
+commands that ask and wait in `commands_ask`, those of submitted jobs in `commands_jobs`, the
+check list of `doctor` in `doctor`.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TextIO
 
 import commands_ask
+import commands_jobs
 from client import AsyncClient
 from commands_parser import (
     BROKEN_PIPE_CODE,
@@ -59,6 +61,12 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser, screen: Scre
             return asyncio.run(commands_ask.ask(args, read_prompt(args, parser), screen))
         case "request":
             return asyncio.run(commands_ask.request(args, read_body(args, parser), screen))
+        case "submit":
+            return commands_jobs.submit(args, parser, screen)
+        case "result":
+            return commands_jobs.result(args, screen)
+        case "jobs":
+            return commands_jobs.jobs(args, screen)
         case "doctor":
             return _doctor(args, screen)
         case "serve":
@@ -66,7 +74,7 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser, screen: Scre
         case "health":
             return asyncio.run(_plain(args, lambda client: client.health(), screen))
         case "status":
-            return asyncio.run(_plain(args, lambda client: client.status(args.job_id), screen))
+            return asyncio.run(commands_jobs.status(args, screen))
         case _:
             return asyncio.run(_plain(args, lambda client: client.cancel(args.job_id), screen))
 

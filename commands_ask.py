@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from client import Answer, AsyncClient, AsyncStream, Response
-from commands_parser import read_sampling, read_settings
+from commands_parser import read_method, read_sampling, read_settings
 from commands_screen import Screen
 from errors import SealedError
 
@@ -43,6 +43,15 @@ async def ask(args: argparse.Namespace, prompt: str, screen: Screen) -> int:
     return 0
 
 
+def generation(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a prompt."""
+    return {
+        "system": args.system,
+        "model": args.model,
+        "sampling_params": read_sampling(args.option),
+    }
+
+
 async def _converse(
     client: AsyncClient,
     args: argparse.Namespace,
@@ -52,12 +61,7 @@ async def _converse(
     whole: bool,
     show: bool = True,
 ) -> Answer:
-    options: dict[str, Any] = {
-        "system": args.system,
-        "model": args.model,
-        "sampling_params": read_sampling(args.option),
-        "on_progress": screen.progress,
-    }
+    options = {**generation(args), "on_progress": screen.progress}
     try:
         if whole:
             answer: Answer = await client.chat(messages, **options)
@@ -96,9 +100,8 @@ def _print_others(answer: Answer, screen: Screen) -> None:
 
 async def request(args: argparse.Namespace, body: Any, screen: Screen) -> int:
     """Print what a route answers."""
-    method = args.method or ("GET" if body is None else "POST")
     async with AsyncClient(read_settings(args)) as client:
-        options = {"method": method, "on_progress": screen.progress}
+        options = {"method": read_method(args), "on_progress": screen.progress}
         if isinstance(body, dict) and body.get("stream") is True:
             async with client.request(args.route, body, stream=True, **options) as stream:
                 async for event in stream:

@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import client_config
 import errors
@@ -36,8 +36,10 @@ def exit_codes() -> str:
         if isinstance(kind, type) and issubclass(kind, SealedError) and "exit_code" in vars(kind):
             summary = (kind.__doc__ or "").split("\n")[0].rstrip(".")
             rows.setdefault(kind.exit_code, f"{name}: {summary[:1].lower()}{summary[1:]}")
-    rows[INTERRUPTED_CODE] = "interrupted or cancelled; the job was cancelled"
-    rows[BROKEN_PIPE_CODE] = "whoever read the output went away; the job was cancelled"
+    rows[INTERRUPTED_CODE] = "interrupted or cancelled; the job too, unless it was submitted"
+    rows[BROKEN_PIPE_CODE] = (
+        "whoever read the output went away; the job was cancelled, unless it was submitted"
+    )
     lines = (f"  {code:>3}  {text}" for code, text in sorted(rows.items()))
     return "exit codes:\n" + "\n".join(lines)
 
@@ -55,16 +57,22 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _options() -> _Parser:
+_LIMITS = {
+    "--timeout": "longest time for an answer",
+    "--wait": "longest time in the queue",
+    "--ttl": "how long a request is valid",
+}
+
+
+def _connection(*limits: str) -> _Parser:
     parser = _Parser(add_help=False)
     group = parser.add_argument_group("connection")
     group.add_argument("--endpoint", metavar="ID", help="endpoint id (RUNPOD_ENDPOINT_ID)")
     group.add_argument("--api-base", metavar="URL", help="platform (RUNPOD_API_BASE)")
     group.add_argument("--key-file", metavar="FILE", help="encryption key, mode 0600")
     group.add_argument("--api-key-file", metavar="FILE", help="API key, mode 0600")
-    group.add_argument("--timeout", metavar="S", type=_seconds, help="longest time for an answer")
-    group.add_argument("--wait", metavar="S", type=_seconds, help="longest time in the queue")
-    group.add_argument("--ttl", metavar="S", type=_seconds, help="how long a request is valid")
+    for name in limits:
+        group.add_argument(name, metavar="S", type=_seconds, help=_LIMITS[name])
     group.add_argument("-v", "--verbose", action="store_true", help="progress, terminal or not")
     return parser
 
@@ -83,8 +91,29 @@ def _generation() -> _Parser:
         metavar=("NAME", "VALUE"),
         help="one of vLLM's sampling parameters; the value is JSON, or else text",
     )
+    return parser
+
+
+def _printing(*, streams: bool, json: bool) -> _Parser:
+    parser = _Parser(add_help=False)
+    group = parser.add_argument_group("printing")
     group.add_argument("-u", "--usage", action="store_true", help="usage and timings on stderr")
-    group.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
+    if streams:
+        group.add_argument(
+            "--no-stream", action="store_true", help="print the answer when it is whole"
+        )
+    if json:
+        group.add_argument(
+            "--json", action="store_true", help="the whole answer as one JSON object"
+        )
+    return parser
+
+
+def _body() -> _Parser:
+    parser = _Parser(add_help=False)
+    group = parser.add_argument_group("route")
+    group.add_argument("--body", metavar="JSON", help="the body; @FILE reads a file, - stdin")
+    group.add_argument("--method", choices=("GET", "POST"), help="POST with a body, else GET")
     return parser
 
 
@@ -96,35 +125,52 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    options, generation = _options(), _generation()
+    connection = _connection(*_LIMITS)
+    generation, body = _generation(), _body()
 
     def add(name: str, summary: str, *parents: _Parser) -> _Parser:
         return commands.add_parser(
             name,
             help=summary,
             description=summary,
-            parents=[*parents, options],
+            parents=parents,
             epilog=exit_codes(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
-    ask = add("ask", "answer one prompt (the default)", generation)
+    printing = _printing(streams=True, json=True)
+    ask = add("ask", "answer one prompt (the default)", generation, printing, connection)
     ask.add_argument("prompt", nargs="?")
-    ask.add_argument("--json", action="store_true", help="the whole answer as one JSON object")
-    add("chat", "converse; /clear forgets, /exit leaves", generation)
-    request = add("request", "call an OpenAI or vLLM route, such as /v1/embeddings")
+    printing = _printing(streams=True, json=False)
+    add("chat", "converse; /clear forgets, /exit leaves", generation, printing, connection)
+    request = add(
+        "request", "call an OpenAI or vLLM route, such as /v1/embeddings", body, connection
+    )
     request.add_argument("route")
-    request.add_argument("--body", metavar="JSON", help="the body; @FILE reads a file, - stdin")
-    request.add_argument("--method", choices=("GET", "POST"), help="POST with a body, else GET")
-    serve = add("serve", "serve the OpenAI API on this machine, for other programs")
+    submit = add(
+        "submit", "hand over a job, print its id and go", generation, body, _connection("--ttl")
+    )
+    submit.add_argument("prompt", nargs="?")
+    submit.add_argument("--route", help="call a route instead, as `request` does")
+    printing = _printing(streams=False, json=True)
+    result = add(
+        "result", "print the answer of a submitted job", printing, _connection("--timeout")
+    )
+    result.add_argument("job_id", metavar="ID")
+    result.add_argument("--no-wait", action="store_true", help="if there is none yet, say so")
+    result.add_argument("--keep", action="store_true", help="so that it can be asked for again")
+    jobs = add("jobs", "list the jobs that were submitted and not collected")
+    jobs.add_argument("--json", action="store_true", help="as a JSON list")
+    status = add("status", "show the state of a job, and what is recorded of it", _connection())
+    status.add_argument("job_id", metavar="ID")
+    add("cancel", "cancel a job", _connection()).add_argument("job_id", metavar="ID")
+    serve = add("serve", "serve the OpenAI API on this machine, for other programs", connection)
     serve.add_argument("--host", help="the address to listen on (GATEWAY_HOST)")
     serve.add_argument("--port", help="the port to listen on (GATEWAY_PORT)")
     commands.add_parser("keygen", help="make an encryption key", description="Make a key.")
-    check = add("doctor", "check keys, platform, worker and clock")
+    check = add("doctor", "check keys, platform, worker and clock", connection)
     check.add_argument("--no-worker", action="store_true", help="do not start a worker (or pay)")
-    add("health", "show the platform's counts of jobs and workers")
-    add("status", "show the state of a job").add_argument("job_id", metavar="ID")
-    add("cancel", "cancel a job").add_argument("job_id", metavar="ID")
+    add("health", "show the platform's counts of jobs and workers", _connection())
     return parser
 
 
@@ -149,7 +195,8 @@ def read_settings(args: argparse.Namespace, *, with_key: bool = True) -> ClientS
 def overrides(args: argparse.Namespace) -> dict[str, str | None]:
     """Return the settings that were given as arguments, as variables of the environment."""
 
-    def number(value: float | None) -> str | None:
+    def number(name: str) -> str | None:
+        value = getattr(args, name, None)
         return None if value is None else f"{value:g}"
 
     return {
@@ -157,9 +204,9 @@ def overrides(args: argparse.Namespace) -> dict[str, str | None]:
         "RUNPOD_API_BASE": args.api_base,
         "ENCRYPTION_KEY_FILE": args.key_file,
         "RUNPOD_API_KEY_FILE": args.api_key_file,
-        "CLIENT_TIMEOUT_S": number(args.timeout),
-        "CLIENT_WAIT_S": number(args.wait),
-        "CLIENT_TTL_S": number(args.ttl),
+        "CLIENT_TIMEOUT_S": number("timeout"),
+        "CLIENT_WAIT_S": number("wait"),
+        "CLIENT_TTL_S": number("ttl"),
     }
 
 
@@ -201,3 +248,8 @@ def read_body(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
     if not isinstance(body, dict):
         parser.error("--body is not a JSON object")
     return body
+
+
+def read_method(args: argparse.Namespace) -> Literal["GET", "POST"]:
+    """Return the method with which a route is called."""
+    return args.method or ("GET" if args.body is None else "POST")

@@ -19,6 +19,7 @@ from errors import (
     PlatformFault,
     RateLimited,
     TooLarge,
+    Unconfirmed,
     Unreachable,
     WrongApiKey,
 )
@@ -86,7 +87,8 @@ class Endpoint:
         """Queue a job and return its id.
 
         Tried again only on 429 and where no connection was made: after anything else the
-        platform may have the job. TooLarge, before sending, past MAX_RUN_BYTES.
+        platform may have the job. TooLarge, before sending, past MAX_RUN_BYTES; Unconfirmed
+        where the connection broke too late to tell.
         """
         _check_size(body)
         reply = await self._call("POST", "/run", body, deadline_s=deadline_s, repeatable=False)
@@ -198,7 +200,7 @@ class Endpoint:
             except httpx2.TransportError as error:
                 failure = Unreachable(f"the connection to {self._host} broke: {_reason(error)}")
                 if not repeatable:
-                    raise Unreachable(f"{failure}; {SENT_ONCE}") from None
+                    raise Unconfirmed(f"{failure}; {SENT_ONCE}") from None
             else:
                 if reply.status < 300 or judged(reply.status):
                     return reply

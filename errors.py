@@ -10,6 +10,7 @@ SealedError
 │   └── DiskFull              the volume has no room; says how many GB are needed
 ├── RequestError            an opened request that cannot be served; becomes an OpenAI error
 │   └── EngineDead            the engine process died; this worker will exit
+├── RecordError             a submitted job's record cannot be written or used (client side)
 ├── Rejected                a request that could not be opened; constant, tells nothing
 ├── AnswerError             an answer that must not be believed (client side)
 │   ├── TamperedChunk         a chunk fails authentication or is malformed
@@ -18,6 +19,7 @@ SealedError
 │   └── TruncatedAnswer       the job ended without its authenticated end
 └── JobError                the platform could not run the job (client side)
     ├── Unreachable           no connection to the platform
+    │   └── Unconfirmed         it broke while a job was submitted: the platform may have it
     ├── WrongApiKey           the platform refused the API key
     ├── EndpointNotFound      no endpoint or job of that id
     ├── TooLarge              the sealed request exceeds what the platform carries
@@ -26,7 +28,8 @@ SealedError
     ├── NoWorker              no worker took the job within the wait
     ├── JobFailed             the job failed on the platform
     ├── JobTimedOut           the job ran or waited past its limit
-    └── JobCancelled          the job was cancelled
+    ├── JobCancelled          the job was cancelled
+    └── NotOver               a submitted job has no answer yet
 
 Messages are shown to people: they say what is wrong and what to do, and never
 quote a secret, a prompt or an answer. `exit_code` is what the commands end with,
@@ -157,6 +160,12 @@ class Rejected(SealedError):
         super().__init__(self.TEXT + advice)
 
 
+class RecordError(SealedError):
+    """The record of a submitted job cannot be written, found or used."""
+
+    exit_code = 20
+
+
 class AnswerError(SealedError):
     """An answer that must not be believed."""
 
@@ -197,6 +206,12 @@ class Unreachable(JobError):
     """No connection to the platform."""
 
     exit_code = 11
+
+
+class Unconfirmed(Unreachable):
+    """The connection broke while a job was submitted; the platform may have it or not."""
+
+    exit_code = 22
 
 
 class WrongApiKey(JobError):
@@ -258,3 +273,10 @@ class JobCancelled(JobError):
 
     exit_code = 130
     status = 409
+
+
+class NotOver(JobError):
+    """A submitted job has no answer yet; it goes on."""
+
+    exit_code = 21
+    status = 504

@@ -64,7 +64,18 @@ class Echo:
     def settings(self) -> ClientSettings:
         """What a client of this platform needs."""
         platform = self.platform
-        return ClientSettings(platform.endpoint_id, platform.api_key, self.key, platform.base_url)
+        return ClientSettings(
+            platform.endpoint_id,
+            platform.api_key,
+            self.key,
+            platform.base_url,
+            state_dir=self.state,
+        )
+
+    @property
+    def state(self) -> Path:
+        """Where clients keep the records of their jobs."""
+        return self.folder / "state"
 
     @property
     def environ(self) -> dict[str, str]:
@@ -75,6 +86,7 @@ class Echo:
             "RUNPOD_API_KEY": self.platform.api_key,
             "RUNPOD_API_BASE": self.platform.base_url,
             "ENCRYPTION_KEY": self.key,
+            "CLIENT_STATE_DIR": str(self.state),
         }
 
     @contextlib.contextmanager

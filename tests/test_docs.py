@@ -68,11 +68,12 @@ def environment(worker: RunningWorker) -> dict[str, str]:
         "RUNPOD_ENDPOINT_ID": worker.platform.endpoint_id,
         "RUNPOD_API_KEY": worker.platform.api_key,
         "ENCRYPTION_KEY": worker.key,
+        "CLIENT_STATE_DIR": str(worker.folder / "state"),
     }
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
     assert len(COMMANDS) >= 8
     assert len(PLAINTEXT) == 3
 
