@@ -33,6 +33,7 @@ class RouteJob(Job):
     """A job that lives as long as its connection."""
 
     has_id = False
+    _body = b""
     _answer: Events | None = None
 
     async def _send(self) -> None:
@@ -40,18 +41,23 @@ class RouteJob(Job):
             raise ConfigError(
                 ["execution_timeout_s cannot be told by the OpenAI route: set CLIENT_TRANSPORT=run"]
             )
+        # It leaves with the first read: the answer's head comes when a worker has the job, and
+        # whoever submits is not to wait for that.
+        self._body = msgspec.json.encode({"sealed": self._sealed, "stream": True})
         self._begin_watch()
+
+    async def _open(self) -> Events:
         limit_s = self._next_limit_s()
-        body = msgspec.json.encode({"sealed": self._sealed, "stream": True})
         try:
-            answer = await self._endpoint.open(body, limit_s)
+            answer = await self._endpoint.open(self._body, limit_s)
         except Unreachable:
             if time.monotonic() >= limit_s:
                 raise await self._too_late(limit_s) from None
             raise
+        self._body = b""
         if not answer.streams:
             raise self._refused(answer)
-        self._answer = answer
+        return answer
 
     def _refused(self, answer: Events) -> SealedError:
         """Return what it means that the platform answered, but not with events."""
@@ -66,7 +72,7 @@ class RouteJob(Job):
 
     async def _read(self) -> list[AnswerEvent]:
         if self._answer is None:
-            raise RuntimeError("the job was not sent")
+            self._answer = await self._open()
         limit_s = self._next_limit_s()
         try:
             data = await self._answer.next(limit_s)

@@ -35,8 +35,10 @@ from errors import (
     Unreachable,
     WrongApiKey,
 )
+from gateway_relay import HEAD_WAIT_S
 from local_runpod_queue import Status
 from tests.echo import Echo
+from tests.gateways import RunningGateway
 from tests.wait import until
 
 PROMPT = "one two three four five"
@@ -324,6 +326,23 @@ def test_progress_tells_queued_and_running(tmp_path: Path) -> None:
         assert answers[0].text == "a b"
     states = [progress.state for progress in seen]
     assert states[0] == "queued" and states[-1] == "running" and states.count("running") == 1
+
+
+def test_the_gateway_by_the_route(echo: Echo, tmp_path: Path) -> None:
+    body = {"messages": [{"role": "user", "content": "a b"}]}
+    with RunningGateway(echo.environ, tmp_path, CLIENT_TRANSPORT="openai") as gateway:
+        assert gateway.http.post(CHAT, json=body).json() == {"echo": "a b"}
+        before = len(echo.platform.jobs)
+        # While the platform has not answered, the client hears that it is worth waiting.
+        with (
+            echo.fault("openai", delay_s=HEAD_WAIT_S + 0.5),
+            gateway.http.stream("POST", CHAT, json={**body, "stream": True}) as answer,
+        ):
+            lines = answer.iter_lines()
+            assert next(lines).startswith(":")
+            assert len(echo.platform.jobs) == before
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert not [e for e in echo.platform.exchanged if "/run" in e.path or "/stream/" in e.path]
 
 
 # -- what goes wrong -------------------------------------------------------------------------------
