@@ -41,7 +41,7 @@ lint: setup ## check style and types
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy $(wildcard *.py) examples tests tools
 
-bench: model ## measure the worker against the bare engine (ARGS=--plot draws a picture)
+bench: model ## measure the worker and the gateway (ARGS=--plot draws a picture)
 	@$(PY) tools/bench.py $(ARGS)
 
 contract: model ## run the engine's tests on each vLLM that is supported

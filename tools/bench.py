@@ -1,5 +1,6 @@
 """`make bench`: the worker through the real SDK and the local platform against the bare engine,
-in one run on one machine, and what the front end costs when the model is fast.
+in one run on one machine, the gateway against the same worker without seals, and what the front
+end costs when the model is fast.
 
 Rounds of both alternate, so that a machine that slows down slows both. Claims are ratios
 within the run. Writes `bench/results.json`, prints a table, with --plot `bench/results.png`.
@@ -14,54 +15,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import psutil
 
-HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from client import AsyncClient
 from crypto import generate_key
 from local_runpod import LocalRunpod
-
-OPTIONS = {"MAX_MODEL_LEN": "2048", "ENFORCE_EAGER": "true", "ENABLE_PREFIX_CACHING": "false"}
-PROMPT = "Tell me a long story about the number {}."
-FOLDER = HERE / "bench"
-SETUP_TIMEOUT_S = 600
-
-
-@dataclass
-class Round:
-    """One round: `tokens_per_s` over all requests, first tokens in ms, per request."""
-
-    tokens_per_s: float
-    first_ms: list[float]
-    tokens: int
-    cpu_us_per_token: float | None = None
-
-    @classmethod
-    async def measure(
-        cls,
-        one: Callable[[int], Awaitable[tuple[float, int]]],
-        requests: int,
-        concurrency: int,
-    ) -> Self:
-        """Run `one(number)`, which returns seconds to the first token and tokens, many times."""
-        slots = asyncio.Semaphore(concurrency)
-
-        async def limited(number: int) -> tuple[float, int]:
-            async with slots:
-                return await one(number)
-
-        started = time.perf_counter()
-        results = await asyncio.gather(*map(limited, range(requests)))
-        wall = time.perf_counter() - started
-        tokens = sum(count for _, count in results)
-        return cls(tokens / wall, [1000 * first for first, _ in results], tokens)
+from tools import bench_gateway
+from tools.bench_round import FOLDER, HERE, OPTIONS, PROMPT, Round, say
 
 
 @dataclass
@@ -262,6 +228,7 @@ def table(report: dict[str, Any]) -> str:
     for label, name, form in rows:
         cells = (form.format(summary[name]) for summary in report["throughput"].values())
         lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines += ["", *bench_gateway.table(report["gateway"])]
     lines += [
         "",
         "| 128 streams, a core that emits 20,000 tokens/s | CPU µs per token | tokens/s |",
@@ -305,10 +272,6 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def say(text: str) -> None:
-    print(f"bench: {text}", file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(HERE / "models" / "SmolLM2-135M-Instruct"))
@@ -323,6 +286,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "model": Path(args.model).name,
         "throughput": throughput,
+        "gateway": bench_gateway.measure(args.model, args.rounds, args.tokens),
         "ceiling": ceiling(args),
     }
     (FOLDER / "results.json").write_text(json.dumps(report, indent=2) + "\n")

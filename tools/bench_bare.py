@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config
-from tools.bench import OPTIONS, PROMPT, Round
+from tools.bench_round import OPTIONS, PROMPT, Round
 
 
 async def rounds(engine: Any) -> None:

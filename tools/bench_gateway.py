@@ -1,0 +1,210 @@
+"""The gateway against the direct path: what it, the client and the seals add.
+
+The direct path is the same worker on the same platform, asked in the clear over /run and
+/stream by a few lines of httpx2. Rounds of both alternate.
+"""
+
+import asyncio
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx2
+import msgspec
+
+from crypto import generate_key
+from local_runpod import LocalRunpod
+from tools.bench_round import FOLDER, HERE, OPTIONS, PROMPT, Round, say
+
+ROUTE = "/v1/chat/completions"
+CONCURRENCIES = ((1, 8), (32, 32))
+OVER = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
+
+Ask = Callable[[httpx2.AsyncClient, int, int], Awaitable[tuple[float, int]]]
+
+
+def body(number: int, tokens: int) -> dict[str, Any]:
+    """Return a request that is answered with exactly `tokens` tokens."""
+    return {
+        "model": "bench",
+        "messages": [{"role": "user", "content": PROMPT.format(number)}],
+        "temperature": 0,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+class Reading:
+    """Finds the first text and the count of tokens in streamed events."""
+
+    def __init__(self) -> None:
+        self._started_s = time.perf_counter()
+        self.first_s = 0.0
+        self.tokens = 0
+
+    def event(self, line: str) -> None:
+        """Take one `data:` line."""
+        if not line.startswith("data: {"):
+            return
+        chunk = msgspec.json.decode(line.removeprefix("data: "))
+        if not self.first_s and any(c["delta"].get("content") for c in chunk["choices"]):
+            self.first_s = time.perf_counter() - self._started_s
+        if chunk.get("usage"):
+            self.tokens = chunk["usage"]["completion_tokens"]
+
+    @property
+    def result(self) -> tuple[float, int]:
+        """Seconds to the first text, tokens."""
+        return self.first_s, self.tokens
+
+
+async def direct(http: httpx2.AsyncClient, number: int, tokens: int) -> tuple[float, int]:
+    """Ask in the clear."""
+    reading = Reading()
+    job_input = {"openai_route": ROUTE, "openai_input": body(number, tokens)}
+    answer = await http.post("/run", json={"input": job_input})
+    job_id = answer.json()["id"]
+    while True:
+        read = msgspec.json.decode((await http.get(f"/stream/{job_id}")).content)
+        for item in read["stream"]:
+            for line in item["output"].split("\n\n"):
+                reading.event(line)
+        if read["status"] in OVER and not read["stream"]:
+            return reading.result
+
+
+async def through_gateway(http: httpx2.AsyncClient, number: int, tokens: int) -> tuple[float, int]:
+    """Ask as every OpenAI client does."""
+    reading = Reading()
+    async with http.stream("POST", ROUTE, json=body(number, tokens)) as answer:
+        async for line in answer.aiter_lines():
+            reading.event(line)
+    return reading.result
+
+
+def measure(model: str, rounds: int, tokens: int) -> dict[str, dict[str, float]]:
+    """Start platform, worker and gateway and return the figures by concurrency."""
+    key, api_key = generate_key(), "bench"
+    with LocalRunpod(endpoint_id="bench", api_key=api_key) as runpod:
+        say("starting a worker and the gateway")
+        client = {
+            "RUNPOD_ENDPOINT_ID": "bench",
+            "RUNPOD_API_KEY": api_key,
+            "RUNPOD_API_BASE": runpod.base_url,
+            "ENCRYPTION_KEY": key,
+        }
+        worker = {
+            **OPTIONS,
+            **runpod.worker_env("bench-worker"),
+            "MODELS": model,
+            "ENCRYPTION_KEY": key,
+            "SERVED_MODEL_NAME": "bench",
+            "ALLOW_PLAINTEXT": "true",
+        }
+        with (
+            started("rp_handler.py", worker, "gateway-worker.log"),
+            started("gateway.py", {**client, "GATEWAY_PORT": "0"}, "gateway.log") as gateway,
+        ):
+            assert gateway.stdout
+            url = gateway.stdout.readline().split()[-1].removesuffix("/v1")
+            straight = httpx2.AsyncClient(
+                base_url=f"{runpod.base_url}/bench",
+                headers={"Authorization": f"Bearer {api_key}"},
+                timeout=600,
+            )
+            relayed = httpx2.AsyncClient(base_url=url, timeout=600)
+            # The first requests wait for the worker's start.
+            return asyncio.run(compare(straight, relayed, rounds, tokens))
+
+
+async def compare(
+    straight: httpx2.AsyncClient, relayed: httpx2.AsyncClient, rounds: int, tokens: int
+) -> dict[str, dict[str, float]]:
+    """Alternate rounds of both paths; the first of each warms."""
+    paths: tuple[tuple[str, httpx2.AsyncClient, Ask], ...] = (
+        ("direct", straight, direct),
+        ("gateway", relayed, through_gateway),
+    )
+    figures = {}
+    async with straight, relayed:
+        for concurrency, requests in CONCURRENCIES:
+            done: dict[str, list[Round]] = {"direct": [], "gateway": []}
+            for number in range(rounds + 1):
+                for name, http, ask in paths:
+
+                    async def one(
+                        number: int, http: httpx2.AsyncClient = http, ask: Ask = ask
+                    ) -> tuple[float, int]:
+                        return await ask(http, number, tokens)
+
+                    result = await Round.measure(one, requests, concurrency)
+                    assert result.tokens == requests * tokens, "an answer was cut short"
+                    if number:
+                        done[name].append(result)
+                        say(
+                            f"{concurrency} streams, round {number}: {name} "
+                            f"{result.tokens_per_s:.1f} tok/s"
+                        )
+            figures[str(concurrency)] = summary(done["direct"], done["gateway"])
+    return figures
+
+
+def summary(direct: list[Round], gateway: list[Round]) -> dict[str, float]:
+    """Return the figures that the table shows; medians over all requests or rounds."""
+
+    def first_ms(rounds: list[Round]) -> float:
+        return statistics.median(ms for one in rounds for ms in one.first_ms)
+
+    ratios = [g.tokens_per_s / d.tokens_per_s for d, g in zip(direct, gateway, strict=True)]
+    return {
+        "direct_tokens_per_s": statistics.median(one.tokens_per_s for one in direct),
+        "gateway_tokens_per_s": statistics.median(one.tokens_per_s for one in gateway),
+        "throughput_ratio": statistics.median(ratios),
+        "direct_first_ms": first_ms(direct),
+        "gateway_first_ms": first_ms(gateway),
+        "added_first_ms": first_ms(gateway) - first_ms(direct),
+    }
+
+
+def table(figures: dict[str, dict[str, float]]) -> list[str]:
+    """Return the lines of the table."""
+    lines = [
+        "| the openai route, streamed | 1 stream | 32 streams |",
+        "| --- | --- | --- |",
+    ]
+    for label, name, form in (
+        ("direct and in the clear, tokens/s", "direct_tokens_per_s", "{:.1f}"),
+        ("gateway, sealed, tokens/s", "gateway_tokens_per_s", "{:.1f}"),
+        ("gateway / direct", "throughput_ratio", "{:.3f}"),
+        ("direct, first token, ms", "direct_first_ms", "{:.1f}"),
+        ("gateway, first token, ms", "gateway_first_ms", "{:.1f}"),
+        ("added to the first token, ms", "added_first_ms", "{:.1f}"),
+    ):
+        cells = (form.format(figures[str(count)][name]) for count, _ in CONCURRENCIES)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+@contextmanager
+def started(program: str, settings: dict[str, str], log: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a program of this project with these settings."""
+    with (FOLDER / log).open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / program)],
+            env={**os.environ, **settings},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait()
