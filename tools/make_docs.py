@@ -210,6 +210,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "worker-settings": worker_settings,
     "client-settings": client_settings,
+    "gateway-settings": gateway_settings,
     "exit-codes": exit_codes,
     "client-help": client_help,
     "make-help": make_help,
