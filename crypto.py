@@ -23,7 +23,7 @@ from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from errors import ConfigError, Rejected, RequestError, TamperedChunk
+from errors import ConfigError, OtherVersion, Rejected, RequestError, TamperedChunk
 from protocol import (
     CELL_BYTES,
     CLOCK_SKEW_S,
@@ -542,6 +542,12 @@ class AnswerOpener:
         """Authenticate and decode one chunk; TamperedChunk, and nothing else, if it is not one."""
         opened = self._open(chunk)
         if opened is None:
+            claimed = chunk.partition(".")[0] if isinstance(chunk, str) else ""
+            if claimed.isdecimal() and claimed != VERSION:
+                raise OtherVersion(
+                    f"the answer says that it is of version {claimed[:9]} of the protocol, and "
+                    f"this client speaks {VERSION}; bring worker and client to the same release"
+                )
             raise TamperedChunk("a chunk of the answer is not what the worker sealed")
         return opened
 

@@ -14,6 +14,7 @@ SealedError
 ├── Rejected                a request that could not be opened; constant, tells nothing
 ├── AnswerError             an answer that must not be believed (client side)
 │   ├── TamperedChunk         a chunk fails authentication or is malformed
+│   │   └── OtherVersion        it claims to be of another version of the protocol
 │   ├── MissingChunk          a chunk was lost on the way and could not be repaired
 │   ├── RestartedAnswer       the platform ran the job again after delivery had begun
 │   └── TruncatedAnswer       the job ended without its authenticated end
@@ -175,6 +176,12 @@ class AnswerError(SealedError):
 
 class TamperedChunk(AnswerError):
     """A chunk that fails authentication or does not have the form of SPEC section 5."""
+
+
+class OtherVersion(TamperedChunk):
+    """A chunk that claims to be of another version of the protocol."""
+
+    exit_code = 20
 
 
 class MissingChunk(AnswerError):

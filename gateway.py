@@ -56,7 +56,8 @@ class Gateway:
         self.settings = settings
         self.client = client
         self.metrics = Metrics()
-        self.catalog = Catalog(client, settings.models, settings.models_ttl_s)
+        memory = settings.client.state_dir / f"models-{settings.client.endpoint_id}.json"
+        self.catalog = Catalog(client, settings.models, settings.models_ttl_s, memory.expanduser())
         self.key_id = KeyRing.parse(settings.client.encryption_key).first.id
         self.url = ""
         self._relay = Relay(
@@ -148,6 +149,7 @@ class Gateway:
             "base_url": f"{self.url}/v1",
             "endpoint": self.settings.client.endpoint_id,
             "key_id": self.key_id,
+            "transport": self.settings.client.transport,
             "needs_key": bool(self.settings.key),
         }
         try:

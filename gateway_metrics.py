@@ -21,6 +21,9 @@ from prometheus_client import (
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 RECENT = 50
 
+GONE = 499
+"""The status of a request whose client did not wait for the end of its answer."""
+
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -111,8 +114,8 @@ class Measured:
         self._started_s = time.perf_counter()
         self._first_ms: float | None = None
         self._sent_bytes = 0
-        self.status = 499
-        """The answer's; 499 while there is none, for a client that does not wait for it."""
+        self.status = GONE
+        """The answer's; GONE while there is none."""
         self.usage: dict[str, Any] = {}
 
     def sent(self, size_bytes: int) -> None:
@@ -126,7 +129,8 @@ class Measured:
         total_ms = self._elapsed_ms()
         first_ms = total_ms if self._first_ms is None else self._first_ms
         tokens = self.usage.get("completion_tokens")
-        one = Recent(self._came, self._route, self.status, first_ms, total_ms, tokens)
+        status = GONE if gone else self.status
+        one = Recent(self._came, self._route, status, first_ms, total_ms, tokens)
         self._metrics._end(one, self._sent_bytes, self.usage, gone)
 
     def _elapsed_ms(self) -> float:

@@ -8,7 +8,9 @@ models is worth keeping: most of the time nobody is awake to give it.
 import asyncio
 import contextlib
 import logging
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -31,9 +33,13 @@ class _Listed(msgspec.Struct):
 class Catalog:
     """The endpoint's state as last seen."""
 
-    def __init__(self, client: AsyncClient, names: tuple[str, ...], ttl_s: float) -> None:
+    def __init__(
+        self, client: AsyncClient, names: tuple[str, ...], ttl_s: float, memory: Path
+    ) -> None:
+        """`names` stand in until a worker was asked; the file `memory` outlives a restart."""
         self._client = client
         self._ttl_s = ttl_s
+        self._memory = memory
         self._asked_s = float("-inf")
         self._asking: asyncio.Task[None] | None = None
         self._health: dict[str, Any] | SealedError | None = None
@@ -46,6 +52,8 @@ class Catalog:
         ]
         self.worker: dict[str, Any] | None = None
         """What a worker said of itself (SPEC section 8.2), None before one was asked."""
+        if not names:
+            self._remember()
 
     async def health(self) -> dict[str, Any]:
         """Return the platform's counts, at most HEALTH_TTL_S old; JobError where it cannot."""
@@ -99,12 +107,27 @@ class Catalog:
             )
             self.worker, self._models = told, listed
             self._asked_s = time.monotonic()
+            self._keep()
         except (SealedError, msgspec.ValidationError) as error:
             log.warning("no worker told its models: %s", error)
             # Not again with every request.
             self._asked_s = time.monotonic() - self._ttl_s + PATIENCE_S
         finally:
             self._asking = None
+
+    def _remember(self) -> None:
+        # What cannot be read is asked for again.
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            self._models = msgspec.json.decode(self._memory.read_bytes(), type=_Listed).data
+
+    def _keep(self) -> None:
+        try:
+            self._memory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            written = self._memory.with_suffix(f".{os.getpid()}")
+            written.write_bytes(msgspec.json.encode(_Listed(self._models)))
+            written.replace(self._memory)
+        except OSError as error:
+            log.warning("the list of models cannot be kept: %s", error.strerror)
 
     async def _listed(self) -> list[dict[str, Any]]:
         response = await self._client.request(

@@ -224,10 +224,10 @@ def verdict(status: str, view: dict[str, Any], endpoint_id: str, key_id: str) ->
             )
         case _ if Rejected.TEXT in text:
             return Rejected(
-                "\nThe worker has another encryption key than this client, or somebody says "
-                f"so. Check that the worker of endpoint {endpoint_id} has the key with "
-                f"the id {key_id} in its ENCRYPTION_KEY, and that RUNPOD_ENDPOINT_ID "
-                "is the right endpoint."
+                "\nThe worker has another encryption key than this client, or another version of "
+                "the protocol, or somebody says so. Check that the worker of endpoint "
+                f"{endpoint_id} has the key with the id {key_id} in its ENCRYPTION_KEY, that RUNPOD_ENDPOINT_ID "
+                "is the right endpoint, and that both sides are of the same release."
             )
         case _:
             return JobFailed(f"the job failed on the platform: {text[:500] or 'no reason given'}")

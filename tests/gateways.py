@@ -34,6 +34,7 @@ class RunningGateway:
                 env={
                     "PATH": os.environ["PATH"],
                     "GATEWAY_KEEPALIVE_S": "0.1",
+                    "CLIENT_STATE_DIR": str(folder / "state"),
                     **environ,
                     **settings,
                 },

@@ -295,11 +295,22 @@ class TestBrokenStream:
             answer = gateway.http.post(CHAT, json=chat(stream=True))
         assert said(events(answer)) == WORDS + " "
 
+    def test_a_worker_of_another_version(self, gateway: RunningGateway, echo: Echo) -> None:
+        def later(body: bytes) -> bytes:
+            return body.replace(b'"1.', b'"2.')
+
+        with echo.fault("job-stream", tamper=later):
+            answer = gateway.http.post(CHAT, json=chat())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "other_version")
+        assert "version 2" in answer.json()["error"]["message"]
+        assert "same release" in answer.json()["error"]["message"]
+
     def test_a_chunk_that_was_changed(self, gateway: RunningGateway, echo: Echo) -> None:
         def tamper(body: bytes) -> bytes:
             return body.replace(b"gAAAA", b"gBBBB")
 
-        with echo.fault("job-stream", nth=3, tamper=tamper):
+        # Late enough for what came before it to have begun the answer.
+        with echo.fault("job-stream", nth=4, delay_s=1.0, tamper=tamper):
             answer = gateway.http.post(CHAT, json=chat(stream=True))
         parts = events(answer)
         assert json.loads(parts[-1].removeprefix("data: "))["error"]["code"] == "tampered_chunk"
@@ -410,6 +421,18 @@ class TestTelling:
         for path in ("/v1/models", "/models"):
             assert gateway.http.get(path).json() == {"object": "list", "data": [{"id": "echo"}]}
         assert gateway.http.get("/v1/models/echo").json() == {"id": "echo"}
+
+    def test_the_models_outlive_a_restart(self, echo: Echo, tmp_path: Path) -> None:
+        state = {"CLIENT_STATE_DIR": str(tmp_path / "state")}
+        with RunningGateway({**echo.environ, **state}, tmp_path / "first"):
+            pass
+        (kept,) = (tmp_path / "state").iterdir()
+        asleep = {**echo.environ, **state, "RUNPOD_API_BASE": "http://127.0.0.1:9/v2"}
+        with RunningGateway(asleep, tmp_path / "second") as gateway:
+            assert gateway.http.get("/v1/models").json()["data"] == [{"id": "echo"}]
+        kept.write_text("{")
+        with RunningGateway(asleep, tmp_path / "third") as gateway:
+            assert gateway.http.get("/v1/models").json()["data"] == []
 
     def test_ready_needs_a_platform(self, start: Start) -> None:
         gateway = start(RUNPOD_API_BASE="http://127.0.0.1:9/v2")
