@@ -1,5 +1,6 @@
 """The worker on the real SDK, the real engine and the local platform: what jobs are answered."""
 
+import asyncio
 import base64
 import json
 import math
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,13 @@ import msgspec
 import pytest
 from cryptography.fernet import Fernet
 
-from client import Client
+from client import AsyncClient, Client
 from client_config import ClientSettings
 from crypto import KeyRing, generate_key, new_request
-from errors import Rejected
+from errors import Rejected, TruncatedAnswer
 from frames import Text
 from local_runpod import LocalRunpod
-from local_runpod_queue import Status
+from local_runpod_queue import Job, Status
 from protocol import Request
 from tests.wait import until
 from tests.workers import (
@@ -42,7 +44,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def platform() -> Iterator[LocalRunpod]:
-    with LocalRunpod(hold_s=5, stream_hold_s=5, record_bytes=0) as platform:
+    with LocalRunpod(hold_s=5, stream_hold_s=5, record_bytes=20_000_000) as platform:
         yield platform
 
 
@@ -182,6 +184,106 @@ class TestSimple:
         )
         assert json.loads(fernet.decrypt(first[-1]))["done"]
         assert json.loads(fernet.decrypt(second[-1]))["error"]["code"] == "replayed"
+
+
+class TestOpenaiRoute:
+    """The sealed form in one streamed response, by the real client."""
+
+    @pytest.fixture
+    def settings(self, platform: LocalRunpod, worker: RunningWorker) -> ClientSettings:
+        return ClientSettings(
+            platform.endpoint_id,
+            platform.api_key,
+            key_text(worker),
+            platform.base_url,
+            transport="openai",
+        )
+
+    def newest(self, platform: LocalRunpod) -> Job:
+        return list(platform.jobs.values())[-1]
+
+    def test_streamed_and_not(self, settings: ClientSettings, platform: LocalRunpod) -> None:
+        before = len(platform.exchanged)
+        choice = {"choice": [LONG_TEXT]}
+        with Client(settings) as client:
+            with client.chat("Speak.", stream=True, structured_outputs=choice) as stream:
+                deltas = [delta.text for delta in stream]
+            assert "".join(deltas) == LONG_TEXT
+            assert len(deltas) > 3
+            whole = client.chat("Speak.", structured_outputs=choice)
+        assert whole.text == LONG_TEXT and whole.usage
+        job = self.newest(platform)
+        until(lambda: job.status.final, 10, "over")
+        assert job.status is Status.COMPLETED
+        carried = b"".join(each.body for each in platform.exchanged[before:])
+        assert carried.count(b"data: 1.") > 6
+        for word in (b"Speak.", b"is followed by", b"generate", b"messages"):
+            assert word not in carried
+
+    def test_vllms_own_route(self, settings: ClientSettings) -> None:
+        body = {
+            "model": SERVED,
+            "messages": [{"role": "user", "content": "Hi"}],
+            "structured_outputs": {"choice": ["grün 🌲"]},
+        }
+        with Client(settings) as client:
+            whole = client.request(CHAT, body, stream=False).json()
+            assert whole["choices"][0]["message"]["content"] == "grün 🌲"
+            with client.request(CHAT, body, stream=True) as stream:
+                *events, done = list(stream)
+            assert done == b"data: [DONE]"
+            deltas = [json.loads(event[6:])["choices"][0]["delta"] for event in events]
+            assert "".join(delta.get("content") or "" for delta in deltas) == "grün 🌲"
+            for streamed in (True, False):
+                refused: Any = client.request(
+                    CHAT, {**body, "model": "nope"}, stream=streamed, check=False
+                )
+                response = refused.response() if streamed else refused
+                assert response.status == 404 and b"nope" in response.body
+
+    def test_what_cannot_be_opened(
+        self, settings: ClientSettings, platform: LocalRunpod, caller: Caller
+    ) -> None:
+        stranger = replace(settings, encryption_key=generate_key())
+        with Client(stranger) as client, pytest.raises(Rejected, match="ENCRYPTION_KEY"):
+            client.chat("x")
+        job = self.newest(platform)
+        until(lambda: job.status.final, 10, "over")
+        assert (job.status, job.error) == (Status.FAILED, Rejected.TEXT)
+        for given in ({"sealed": "x"}, {"sealed": "x", "stream": True, "model": SERVED}):
+            answer = caller.http.post("/openai/v1/chat/completions", json=given)
+            assert Rejected.TEXT in answer.text
+
+    def test_a_client_that_goes_away_or_is_cut_off_frees_the_engine(
+        self, settings: ClientSettings, platform: LocalRunpod, worker: RunningWorker, caller: Caller
+    ) -> None:
+        endless = {"max_tokens": 1900, "ignore_eos": True, "temperature": 0}
+        with Client(settings) as client:
+            with client.chat("Speak.", stream=True, **endless) as stream:
+                assert next(stream)
+            left = self.newest(platform).id
+            with (
+                caller.fault("openai", cut=2),
+                pytest.raises(TruncatedAnswer, match="CLIENT_TRANSPORT=run"),
+            ):
+                client.chat("Speak.", stream=True, **endless).answer()
+            cut = self.newest(platform).id
+        for job_id in (left, cut):
+            line = worker.job_line(job_id)
+            assert line["outcome"] == "cancelled"
+            assert int(line["completion_tokens"]) < 1900
+
+    def test_32_at_once(self, settings: ClientSettings) -> None:
+        async def main() -> list[str]:
+            async with AsyncClient(settings) as client:
+
+                async def ask(number: int) -> str:
+                    choice = {"choice": [f"number {number}, " + LONG_TEXT[:80]]}
+                    return (await client.chat("Speak.", structured_outputs=choice)).text
+
+                return await asyncio.gather(*(ask(number) for number in range(32)))
+
+        assert asyncio.run(main()) == [f"number {n}, " + LONG_TEXT[:80] for n in range(32)]
 
 
 PLAINTEXT = [
