@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from answers import Progress
 from crypto import AnswerOpener, Key, seal_request
@@ -60,9 +60,6 @@ class Limits:
 
 class Job(ABC):
     """A request on its way and its answer; submitted by the first `events`."""
-
-    has_id: ClassVar[bool]
-    """Whether the platform tells an id by which the job is found again."""
 
     def __init__(
         self,

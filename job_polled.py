@@ -24,7 +24,6 @@ HELD_S = 0.5
 class PolledJob(Job):
     """A job that is found again by its id."""
 
-    has_id = True
     _delay_s = 0.0
 
     async def _send(self) -> None:

@@ -32,7 +32,6 @@ LEAVE_S = 1.0
 class RouteJob(Job):
     """A job that lives as long as its connection."""
 
-    has_id = False
     _body = b""
     _answer: Events | None = None
 
