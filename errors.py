@@ -181,7 +181,7 @@ class TamperedChunk(AnswerError):
 class OtherVersion(TamperedChunk):
     """A chunk that claims to be of another version of the protocol."""
 
-    exit_code = 20
+    exit_code = 23
 
 
 class MissingChunk(AnswerError):

@@ -223,8 +223,9 @@ def verdict(status: str, view: dict[str, Any], endpoint_id: str, key_id: str) ->
             return Rejected(
                 "\nThe worker has another encryption key than this client, or another version of "
                 "the protocol, or somebody says so. Check that the worker of endpoint "
-                f"{endpoint_id} has the key with the id {key_id} in its ENCRYPTION_KEY, that RUNPOD_ENDPOINT_ID "
-                "is the right endpoint, and that both sides are of the same release."
+                f"{endpoint_id} has the key with the id {key_id} in its ENCRYPTION_KEY, that "
+                "RUNPOD_ENDPOINT_ID is the right endpoint, and that both sides are of the same "
+                "release."
             )
         case _:
             return JobFailed(f"the job failed on the platform: {text[:500] or 'no reason given'}")

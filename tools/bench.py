@@ -90,9 +90,9 @@ class Bare:
         raise SystemExit("the bare engine ended, see bench/bare.log")
 
     def close(self) -> None:
+        """End it and the engine's processes, which outlive one that is ended by a signal."""
         assert self._process.stdin
         self._process.stdin.close()
-        self._process.terminate()
         self._process.wait()
 
 

@@ -45,6 +45,7 @@ async def rounds(engine: Any) -> None:
 
         result = await Round.measure(one, asked["requests"], asked["concurrency"])
         print(json.dumps(result.__dict__), flush=True)
+    await engine.stop()
 
 
 def main() -> None:
