@@ -17,6 +17,7 @@ import httpx2
 import pytest
 import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 
 import gateway_vapi
 import gateway_voice
@@ -60,7 +61,7 @@ class Line:
         """Send a message as Vapi does and return the answer's body."""
         body = {"message": {"type": type_, "call": {"id": "c"}, **members}}
         headers = {"x-vapi-secret": SECRET}
-        response = httpx2.post(self._url, json=body, headers=headers, timeout=30)
+        response = httpx2.post(self._url, json=body, headers=headers, timeout=10)
         assert response.status_code == 200, response.text
         return response.json()
 
@@ -93,6 +94,12 @@ def write(folder: Path, source: str) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the path of a copy of the example; a checkout may be writable by a group."""
+    return write(tmp_path_factory.mktemp("example"), EXAMPLE.read_text())
+
+
 def call(name: str, /, **arguments: Any) -> dict[str, Any]:
     """Return a tool call as it stands in a message's list."""
     return {"id": f"id-{name}", "name": name, "arguments": arguments}
@@ -111,9 +118,9 @@ def signed(stamp: str, body: bytes = BODY, key: str = KEY) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def door() -> Iterator[Callable[[VapiSettings, dict[str, str], bytes], int]]:
+def door(example: str) -> Iterator[Callable[[VapiSettings, dict[str, str], bytes], int]]:
     """Return what knocks: the status for settings, headers and a body."""
-    voice = gateway_voice.load(str(EXAMPLE))
+    voice = gateway_voice.load(example)
     with contextlib.ExitStack() as stack:
         urls: dict[VapiSettings, str] = {}
 
@@ -208,8 +215,6 @@ def test_a_signed_message_must_be_of_now(door: Any, age_s: float, status: int, u
 
 
 def test_a_repetition_is_refused_as_long_as_its_time_would_pass() -> None:
-    from starlette.datastructures import Headers
-
     clock = [NOW_S]
     authentication = Authentication(HMAC_ONLY, now=lambda: clock[0])
     headers = Headers(signed(str(int(NOW_S) + 299)))
@@ -236,17 +241,17 @@ def test_a_repetition_is_refused_as_long_as_its_time_would_pass() -> None:
         (b'{"message": {"type": "tool-calls", "toolCallList": 1}}', "list of tool calls"),
     ],
 )
-def test_what_is_no_message_is_an_error(body: bytes, words: str) -> None:
-    with serve(SECRET_ONLY, gateway_voice.load(str(EXAMPLE))) as url:
+def test_what_is_no_message_is_an_error(example: str, body: bytes, words: str) -> None:
+    with serve(SECRET_ONLY, gateway_voice.load(example)) as url:
         answer = httpx2.post(url, content=body, headers={"x-vapi-secret": SECRET})
     assert answer.status_code == 400
     assert words in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("on", [True, False])
-def test_without_a_secret_there_is_no_webhook(on: bool) -> None:
+def test_without_a_secret_there_is_no_webhook(example: str, on: bool) -> None:
     settings = SECRET_ONLY if on else VapiSettings()
-    with serve(settings, None if on else gateway_voice.load(str(EXAMPLE))) as url:
+    with serve(settings, None if on else gateway_voice.load(example)) as url:
         answer = httpx2.post(url, content=BODY, headers={"x-vapi-secret": SECRET})
     assert answer.status_code == 404
     assert "GATEWAY_VAPI_FILE" in answer.json()["error"]["message"]
@@ -278,11 +283,16 @@ def test_settings_that_cannot_work_are_told(environ: dict[str, str], faults: lis
     assert "'x'" not in repr(settings)
 
 
+def test_no_key_signs_nothing() -> None:
+    authentication = Authentication(TOKEN_ONLY, now=lambda: NOW_S)
+    assert not authentication.by_signature(Headers(signed(stamp, key="")), BODY)
+
+
 # What is answered.
 
 
-def test_the_example_answers_everything() -> None:
-    voice = gateway_voice.load(str(EXAMPLE))
+def test_the_example_answers_everything(example: str) -> None:
+    voice = gateway_voice.load(example)
     with serve(SECRET_ONLY, voice) as url:
         line = Line(url)
         assistant = line.tell("assistant-request")["assistant"]
@@ -319,8 +329,8 @@ def test_the_example_answers_everything() -> None:
 @pytest.mark.parametrize(
     "type_", ["status-update", "end-of-call-report", "hang", "transcript", "function-call", "new"]
 )
-def test_what_only_tells_is_acknowledged(door: Any, type_: str) -> None:
-    with serve(SECRET_ONLY, gateway_voice.load(str(EXAMPLE))) as url:
+def test_what_only_tells_is_acknowledged(example: str, type_: str) -> None:
+    with serve(SECRET_ONLY, gateway_voice.load(example)) as url:
         assert Line(url).tell(type_, transcript=SAID) == {}
 
 
@@ -624,10 +634,10 @@ TOOLS = [f]
 # The whole gateway.
 
 
-def test_the_gateway_serves_the_webhook_beside_its_key(tmp_path: Path) -> None:
+def test_the_gateway_serves_the_webhook_beside_its_key(example: str, tmp_path: Path) -> None:
     settings = {
         "GATEWAY_KEY": "for-the-openai-routes",
-        "GATEWAY_VAPI_FILE": str(EXAMPLE),
+        "GATEWAY_VAPI_FILE": example,
         "GATEWAY_VAPI_SECRET": SECRET,
         "GATEWAY_VAPI_HMAC_KEY": KEY,
         "GATEWAY_ALLOWED_HOSTS": "gateway.example.com",
