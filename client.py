@@ -23,24 +23,18 @@ platform), `execution_timeout_s` (on the worker), `on_progress` (called with a
 vLLM's sampling parameters (SPEC section 8.1). An option that is None is not given.
 """
 
-import json
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Literal, Self, TypeVar, overload
 
 import httpx2
 
 import client_config
-from answers import Answer, AnswerBuilder, Choice, Delta, Progress, Response, ResponseBuilder
+from answers import Answer, Choice, Delta, Progress, Response, ResponseBuilder
+from calls import Body, Calls, Messages, Method, Prompt
 from client_config import ClientSettings
-from crypto import KeyRing, new_request
-from endpoint import Endpoint
-from errors import AnswerError, ConfigError, RequestError
-from job import Job, Limits
-from job_polled import PolledJob
-from job_records import TTL_S, JobRecords, SubmittedJob
-from job_route import RouteJob
-from protocol import GENERATE, WORKER, GenerateBody, parse_generate
+from errors import AnswerError
+from job_records import SubmittedJob
+from protocol import WORKER
 from streams import (
     AsyncRawStream,
     AsyncStream,
@@ -50,8 +44,7 @@ from streams import (
     read_answer,
     read_response,
 )
-from submissions import Submissions
-from transport import AsyncTransport, BlockingTransport, Transport, run_blocking
+from transport import AsyncTransport, BlockingTransport, run_blocking
 
 __all__ = [
     "Answer",
@@ -69,160 +62,8 @@ __all__ = [
     "SubmittedJob",
 ]
 
-Messages = str | Sequence[Mapping[str, Any]]
-Prompt = str | Sequence[int]
-Body = Mapping[str, Any] | None
-Method = Literal["POST", "GET"]
-
 T = TypeVar("T")
 Awaited = Coroutine[Any, Any, T]
-
-_LIMITS = frozenset(Limits.__dataclass_fields__)
-_WAITING = ("timeout_s", "wait_s", "on_progress")
-_BODY_MEMBERS = frozenset(GenerateBody.__struct_fields__) - {
-    "messages",
-    "prompt",
-    "sampling_params",
-    "stream",
-}
-
-
-class _Core:
-    """What both clients do before and after they wait for something."""
-
-    def __init__(self, settings: ClientSettings, transport: Transport) -> None:
-        self._settings = settings
-        self.endpoint = Endpoint(transport, settings.api_base, settings.endpoint_id)
-        self.records = JobRecords(settings.state_dir)
-        self.submissions = Submissions(self.endpoint, self.records)
-        self._key = None
-        if settings.encryption_key:
-            self._key = KeyRing.parse(settings.encryption_key).first
-
-    def job(
-        self,
-        route: str,
-        content: bytes | None,
-        *,
-        streamed: bool,
-        method: Method = "POST",
-        options: Mapping[str, Any],
-    ) -> Job:
-        if self._key is None:
-            raise ConfigError(["ENCRYPTION_KEY is not set; a request cannot be sealed without it"])
-        options = dict(options)
-        on_progress = options.pop("on_progress", None)
-        if unknown := set(options) - _LIMITS:
-            raise TypeError(f"unknown option: {', '.join(sorted(unknown))}")
-        settings = self._settings
-        given = {name: value for name, value in options.items() if value is not None}
-        defaults = {
-            "timeout_s": settings.timeout_s,
-            "wait_s": settings.wait_s,
-            "ttl_s": settings.ttl_s,
-        }
-        limits = Limits(**{**defaults, **given})
-        request = new_request(
-            route,
-            content,
-            audience=settings.endpoint_id,
-            ttl_s=limits.ttl_s or client_config.DEFAULT_TTL_S,
-            method=method,
-        )
-        kind = RouteJob if settings.transport == "openai" else PolledJob
-        return kind(
-            self.endpoint,
-            request,
-            self._key,
-            streamed=streamed,
-            limits=limits,
-            on_progress=on_progress,
-        )
-
-    def chat(
-        self, messages: Messages, system: str | None, stream: bool, options: Mapping[str, Any]
-    ) -> Pieces[Delta, AnswerBuilder]:
-        listed = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        first = [] if system is None else [{"role": "system", "content": system}]
-        return self._generate({"messages": [*first, *listed]}, stream, options)
-
-    def complete(
-        self, prompt: Prompt, stream: bool, options: Mapping[str, Any]
-    ) -> Pieces[Delta, AnswerBuilder]:
-        given = prompt if isinstance(prompt, str) else list(prompt)
-        return self._generate({"prompt": given}, stream, options)
-
-    def _generate(
-        self, given: dict[str, Any], stream: bool, options: Mapping[str, Any]
-    ) -> Pieces[Delta, AnswerBuilder]:
-        calls: dict[str, Any] = {}
-        body: dict[str, Any] = {**given, "stream": stream}
-        sampling = dict(options.get("sampling_params") or {})
-        for name, value in options.items():
-            if value is None or name == "sampling_params":
-                continue
-            kind = body if name in _BODY_MEMBERS else sampling
-            if name in _LIMITS or name == "on_progress":
-                kind = calls
-            kind[name] = value
-        if sampling:
-            body["sampling_params"] = sampling
-        content = encode(body)
-        parse_generate(content)
-        job = self.job(GENERATE, content, streamed=stream, options=calls)
-        return Pieces(job, AnswerBuilder())
-
-    def request(
-        self,
-        route: str,
-        body: Mapping[str, Any] | None,
-        method: Method,
-        stream: bool | None,
-        options: Mapping[str, Any],
-    ) -> tuple[Pieces[bytes, ResponseBuilder], bool]:
-        if stream is None:
-            stream = body is not None and body.get("stream") is True
-        elif body is not None and (stream or "stream" in body):
-            body = {**body, "stream": stream}
-        content = None if body is None else encode(body)
-        job = self.job(route, content, streamed=stream, method=method, options=options)
-        return Pieces(job, ResponseBuilder()), stream
-
-    def lasting(self, options: Mapping[str, Any]) -> "_Core":
-        """Return a core whose jobs may outlast their client; TypeError for options of waiting."""
-        if waiting := [name for name in _WAITING if options.get(name) is not None]:
-            raise TypeError(f"nobody waits for a submitted job: {', '.join(waiting)}")
-        settings = replace(
-            self._settings,
-            # Only there does a job have an id.
-            transport="run",
-            # The platform forgets the job when its request expires: no worker starts it in vain.
-            ttl_s=self._settings.ttl_s or TTL_S,
-        )
-        return _Core(settings, self.endpoint.transport)
-
-    async def result(
-        self,
-        job: SubmittedJob | str,
-        timeout_s: float | None,
-        check: bool,
-        on_progress: Callable[[Progress], None] | None,
-    ) -> Answer | Response:
-        limit_s = self._settings.timeout_s if timeout_s is None else timeout_s
-        answer = await self.submissions.result(job, timeout_s=limit_s, on_progress=on_progress)
-        if check and isinstance(answer, Response) and (error := answer.error()):
-            raise error
-        return answer
-
-
-def encode(body: Mapping[str, Any]) -> bytes:
-    """Return a body as JSON; RequestError for what JSON cannot hold."""
-    try:
-        text = json.dumps(body, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-        return text.encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        reason = "lone surrogates" if isinstance(error, UnicodeError) else str(error)
-        raise RequestError(f"the request cannot be written as JSON: {reason}") from None
 
 
 def _settings(
@@ -276,9 +117,9 @@ class Client:
     ) -> None:
         settings = _settings(settings, endpoint_id, api_key, encryption_key, api_base)
         self._transport = BlockingTransport(settings.api_base, settings.api_key, transport)
-        self._core = _Core(settings, self._transport)
-        self.endpoint = self._core.endpoint
-        self.records = self._core.records
+        self._calls = Calls(settings, self._transport)
+        self.endpoint = self._calls.endpoint
+        self.records = self._calls.records
 
     def __enter__(self) -> Self:
         return self
@@ -305,7 +146,7 @@ class Client:
         **options: Any,
     ) -> Answer | Stream:
         """Answer a conversation, or a single user's text, through the model's chat template."""
-        pieces = self._core.chat(messages, system, stream, options)
+        pieces = self._calls.chat(messages, system, stream, options)
         return Stream(pieces) if stream else run_blocking(read_answer(pieces))
 
     @overload
@@ -316,7 +157,7 @@ class Client:
     def complete(self, prompt: Prompt, *, stream: Literal[True], **options: Any) -> Stream: ...
     def complete(self, prompt: Prompt, *, stream: bool = False, **options: Any) -> Answer | Stream:
         """Continue a text or a list of token ids, without a chat template."""
-        pieces = self._core.complete(prompt, stream, options)
+        pieces = self._calls.complete(prompt, stream, options)
         return Stream(pieces) if stream else run_blocking(read_answer(pieces))
 
     @overload
@@ -344,7 +185,7 @@ class Client:
         Streams if the body asks for it, unless `stream` says otherwise. With `check` a status
         of 400 or more is raised as RequestError.
         """
-        pieces, streams = self._core.request(route, body, method, stream, options)
+        pieces, streams = self._calls.request(route, body, method, stream, options)
         return RawStream(pieces, check) if streams else run_blocking(read_response(pieces, check))
 
     def submit(
@@ -360,7 +201,7 @@ class Client:
         Without `record` what opens the answer is in no file, only in what is returned. The
         options are those of `chat` but for the ones about waiting; `ttl_s` is a day.
         """
-        core = self._core.lasting(options)
+        core = self._calls.lasting(options)
         pieces = core.chat(messages, system, False, options)
         return run_blocking(core.submissions.submit(pieces.job, record=record))
 
@@ -374,7 +215,7 @@ class Client:
         **options: Any,
     ) -> SubmittedJob:
         """Submit a call of an OpenAI or vLLM route, and leave it; see `submit`."""
-        core = self._core.lasting(options)
+        core = self._calls.lasting(options)
         pieces, _ = core.request(route, body, method, None, options)
         return run_blocking(core.submissions.submit(pieces.job, record=record))
 
@@ -392,7 +233,7 @@ class Client:
         until `records.discard`. With `check` a route's status of 400 or more is raised as
         RequestError.
         """
-        return run_blocking(self._core.result(job, timeout_s, check, on_progress))
+        return run_blocking(self._calls.result(job, timeout_s, check, on_progress))
 
     def worker(self, **options: Any) -> dict[str, Any]:
         """Return what a worker says of itself: versions, models, limits, clock (SPEC 8.2)."""
@@ -430,9 +271,9 @@ class AsyncClient:
     ) -> None:
         settings = _settings(settings, endpoint_id, api_key, encryption_key, api_base)
         self._transport = AsyncTransport(settings.api_base, settings.api_key, transport)
-        self._core = _Core(settings, self._transport)
-        self.endpoint = self._core.endpoint
-        self.records = self._core.records
+        self._calls = Calls(settings, self._transport)
+        self.endpoint = self._calls.endpoint
+        self.records = self._calls.records
 
     async def __aenter__(self) -> Self:
         return self
@@ -459,7 +300,7 @@ class AsyncClient:
         **options: Any,
     ) -> Awaited[Answer] | AsyncStream:
         """Answer a conversation; see Client.chat."""
-        pieces = self._core.chat(messages, system, stream, options)
+        pieces = self._calls.chat(messages, system, stream, options)
         return AsyncStream(pieces) if stream else read_answer(pieces)
 
     @overload
@@ -472,7 +313,7 @@ class AsyncClient:
         self, prompt: Prompt, *, stream: bool = False, **options: Any
     ) -> Awaited[Answer] | AsyncStream:
         """Continue a text; see Client.complete."""
-        pieces = self._core.complete(prompt, stream, options)
+        pieces = self._calls.complete(prompt, stream, options)
         return AsyncStream(pieces) if stream else read_answer(pieces)
 
     @overload
@@ -498,7 +339,7 @@ class AsyncClient:
         **options: Any,
     ) -> Awaited[Response] | AsyncRawStream:
         """Call an OpenAI or vLLM route; see Client.request."""
-        pieces, streams = self._core.request(route, body, method, stream, options)
+        pieces, streams = self._calls.request(route, body, method, stream, options)
         return AsyncRawStream(pieces, check) if streams else read_response(pieces, check)
 
     def send(
@@ -515,7 +356,7 @@ class AsyncClient:
         With `streamed` false nothing of it is released before its end. An error status is
         part of the answer, not raised.
         """
-        job = self._core.job(route, content, streamed=streamed, method=method, options=options)
+        job = self._calls.job(route, content, streamed=streamed, method=method, options=options)
         return AsyncRawStream(Pieces(job, ResponseBuilder()), check=False)
 
     async def submit(
@@ -527,7 +368,7 @@ class AsyncClient:
         **options: Any,
     ) -> SubmittedJob:
         """Submit a conversation; see Client.submit."""
-        core = self._core.lasting(options)
+        core = self._calls.lasting(options)
         pieces = core.chat(messages, system, False, options)
         return await core.submissions.submit(pieces.job, record=record)
 
@@ -541,7 +382,7 @@ class AsyncClient:
         **options: Any,
     ) -> SubmittedJob:
         """Submit a call of an OpenAI or vLLM route; see Client.submit."""
-        core = self._core.lasting(options)
+        core = self._calls.lasting(options)
         pieces, _ = core.request(route, body, method, None, options)
         return await core.submissions.submit(pieces.job, record=record)
 
@@ -554,7 +395,7 @@ class AsyncClient:
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Answer | Response:
         """Wait for a submitted job and return its answer; see Client.result."""
-        return await self._core.result(job, timeout_s, check, on_progress)
+        return await self._calls.result(job, timeout_s, check, on_progress)
 
     async def worker(self, **options: Any) -> dict[str, Any]:
         """Return what a worker says of itself; see Client.worker."""

@@ -161,9 +161,8 @@ class Gateway:
             }
         except SealedError as error:
             told |= {"awake": None, "error": str(error)}
-        models = await self.catalog.models()
         return told | {
-            "models": [model.get("id") for model in models],
+            "models": [model.get("id") for model in self.catalog.known],
             "worker": self.catalog.worker,
             "requests": self.metrics.recent(),
         }

@@ -114,7 +114,7 @@ class Guard:
         if origin is None:
             return headers.get("sec-fetch-site", "none") in ("none", "same-origin")
         # The port is part of an origin: another server of this machine is another site.
-        own = urlsplit(origin).netloc == headers.get("host")
+        own = origin.partition("://")[2] == headers.get("host")
         return origin in self._origins or (own and _name(origin) == host)
 
     def _followed(self, path: str, headers: Headers) -> bool:

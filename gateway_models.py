@@ -74,25 +74,36 @@ class Catalog:
         counts = workers if isinstance(workers, dict) else {}
         return any(counts.get(state) for state in ("idle", "running", "ready"))
 
+    @property
+    def known(self) -> list[dict[str, Any]]:
+        """The models in OpenAI's form, as last told."""
+        return self._models
+
     async def models(self) -> list[dict[str, Any]]:
-        """Return the models in OpenAI's form, from the cache unless a worker is awake to ask."""
-        if time.monotonic() - self._asked_s > self._ttl_s:
+        """Return the models in OpenAI's form; the first time a worker is awake, it is asked."""
+        if self.worker is None and self._may_ask():
             with contextlib.suppress(SealedError):
                 if await self.awake():
-                    self.ask()
+                    self._start_asking()
         if self._asking and not self._models:
             await asyncio.wait({self._asking}, timeout=PATIENCE_S)
         return self._models
 
-    def ask(self) -> None:
-        """Ask a worker in the background, unless that is under way."""
+    def seen_awake(self) -> None:
+        """A worker has just answered somebody: if what is known is old, ask it too.
+
+        At no other time is what was once known asked again: a tool that polls the models
+        would keep an idle worker from going to sleep.
+        """
+        if self._may_ask():
+            self._start_asking()
+
+    def _may_ask(self) -> bool:
+        return time.monotonic() - self._asked_s > self._ttl_s
+
+    def _start_asking(self) -> None:
         if self._asking is None:
             self._asking = asyncio.ensure_future(self._ask())
-
-    def seen_awake(self) -> None:
-        """A worker has just answered: ask it what is not known yet."""
-        if self.worker is None and time.monotonic() - self._asked_s > self._ttl_s:
-            self.ask()
 
     async def settled(self) -> None:
         """Wait until nobody is being asked."""

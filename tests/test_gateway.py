@@ -347,6 +347,7 @@ class TestDoor:
         for headers in (
             {"Origin": "https://evil.example"},
             {"Origin": "null"},
+            {"Origin": "http://[::1"},
             {"Origin": "http://127.0.0.1:1"},
             {"Sec-Fetch-Site": "cross-site"},
         ):

@@ -45,6 +45,7 @@ GROUPS = {
     "Both sides": ("protocol", "frames", "crypto", "errors"),
     "The client": (
         "client",
+        "calls",
         "commands",
         "commands_parser",
         "commands_ask",
