@@ -422,7 +422,7 @@ def test_a_tampered_chunk_is_never_delivered(
 ) -> None:
     with echo.fault("job-stream", nth=3, tamper=tamper):
         text, error = client.stream(PROMPT, pause_s=0.01)
-    assert type(error) is TamperedChunk
+    assert isinstance(error, TamperedChunk)
     assert PROMPT.startswith(text)
     with echo.fault("job-stream", nth=3, tamper=tamper), pytest.raises(TamperedChunk):
         client.chat(PROMPT)
@@ -434,13 +434,13 @@ def test_chunks_of_another_answer_are_not_believed(client: Either, echo: Echo) -
     old = echo.job(job_id).output
     with echo.fault("job-stream", nth=2, tamper=chunk_becomes(old[1])):
         text, error = client.stream(PROMPT)
-    assert type(error) is TamperedChunk
+    assert isinstance(error, TamperedChunk)
     assert text == ""
 
 
 def test_plaintext_of_the_worker_is_not_believed(client: Either) -> None:
     text, error = client.stream(PROMPT, behaviour="plaintext", pause_s=0.01)
-    assert type(error) is TamperedChunk
+    assert isinstance(error, TamperedChunk)
     assert text in PROMPT
 
 
@@ -578,7 +578,7 @@ def test_an_answer_that_ended_is_not_cancelled(client: Either, echo: Echo) -> No
 def test_an_error_in_the_answer_cancels_the_rest(client: Either, echo: Echo) -> None:
     with echo.fault("job-stream", nth=2, tamper=chunk_becomes("x")):
         _, error = client.stream(PROMPT, behaviour="hang")
-    assert type(error) is TamperedChunk
+    assert isinstance(error, TamperedChunk)
     echo.until_cancelled(echo.last_job().id, worker_too=False)
 
 
