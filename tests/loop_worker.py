@@ -3,7 +3,7 @@
 Its arguments: a folder, its number of slots, and `mended` or `sdk`. It notes in the
 folder's `notes` what happens, one line each, and does what files of the folder tell
 it: with `fail-start` it fails to start, with `dead` its engine counts as dead, and
-while `hold` is there jobs wait and the start does.
+while `hold` is there jobs wait and the start does. `told` is there once it is told to stop.
 """
 
 import asyncio
@@ -66,6 +66,14 @@ async def lifespan() -> AsyncIterator[None]:
     note("stopped")
 
 
+class ToldLoop(job_loop.JobLoop):
+    """The product's loop, which makes the file `told` when it has been told to stop."""
+
+    def kill_worker(self) -> None:
+        super().kill_worker()
+        (FOLDER / "told").touch()
+
+
 class SdkLoop(rp_scale.JobScaler):  # type: ignore[misc]
     """The SDK's own loop, which says when it has stopped looking for jobs to run."""
 
@@ -87,6 +95,7 @@ if __name__ == "__main__":
             }
         )
         sys.exit(0)
+    job_loop.JobLoop = ToldLoop  # type: ignore[misc]
     failed = job_loop.run(
         job_loop.Worker(
             handler=handler,

@@ -123,6 +123,7 @@ def test_sigterm_during_the_start_takes_nothing_and_ends_with_0(
         worker.noted("starting")
         job = caller.submit({})
         worker.terminate()
+        until((tmp_path / "told").exists, 30, "told to stop")
         worker.tell("hold", on=False)
         assert worker.process.wait(30) == 0
         assert worker.notes == ["starting", "started", "stopped"]
