@@ -10,9 +10,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import httpx2
 import msgspec
@@ -22,10 +23,21 @@ from local_runpod import LocalRunpod
 from tools.bench_round import FOLDER, HERE, OPTIONS, PROMPT, Round, say
 
 ROUTE = "/v1/chat/completions"
-CONCURRENCIES = ((1, 8), (32, 32))
+STREAMS = 32
+FIRST_TOKEN_REQUESTS = 24
+PAUSE_S = 0.3
+"""Before a request whose first token is timed: long enough for the SDK to have let go of the one
+before and to wait for the next, whichever path was the faster to say that it was over."""
+
 OVER = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
 
-Ask = Callable[[httpx2.AsyncClient, int, int], Awaitable[tuple[float, int]]]
+
+class Ask(Protocol):
+    """One of the two paths: sends request `number`, returns seconds to the first text, tokens."""
+
+    async def __call__(
+        self, http: httpx2.AsyncClient, number: int, tokens: int
+    ) -> tuple[float, int]: ...
 
 
 def body(number: int, tokens: int) -> dict[str, Any]:
@@ -89,8 +101,8 @@ async def through_gateway(http: httpx2.AsyncClient, number: int, tokens: int) ->
     return reading.result
 
 
-def measure(model: str, rounds: int, tokens: int) -> dict[str, dict[str, float]]:
-    """Start platform, worker and gateway and return the figures by concurrency."""
+def measure(model: str, rounds: int, tokens: int) -> dict[str, float]:
+    """Start platform, worker and gateway and return the figures."""
     key, api_key = generate_key(), "bench"
     with LocalRunpod(endpoint_id="bench", api_key=api_key) as runpod:
         say("starting a worker and the gateway")
@@ -124,71 +136,72 @@ def measure(model: str, rounds: int, tokens: int) -> dict[str, dict[str, float]]
             return asyncio.run(compare(straight, relayed, rounds, tokens))
 
 
+async def rested(ask: Ask, http: httpx2.AsyncClient, number: int) -> tuple[float, int]:
+    """Ask a worker that has rested, for few tokens."""
+    await asyncio.sleep(PAUSE_S)
+    return await ask(http, number, tokens=2)
+
+
 async def compare(
     straight: httpx2.AsyncClient, relayed: httpx2.AsyncClient, rounds: int, tokens: int
-) -> dict[str, dict[str, float]]:
+) -> dict[str, float]:
     """Alternate rounds of both paths; the first of each warms."""
-    paths: tuple[tuple[str, httpx2.AsyncClient, Ask], ...] = (
-        ("direct", straight, direct),
-        ("gateway", relayed, through_gateway),
-    )
-    figures = {}
+    paths: dict[str, tuple[httpx2.AsyncClient, Ask]] = {
+        "direct": (straight, direct),
+        "gateway": (relayed, through_gateway),
+    }
+    alone: dict[str, list[Round]] = {"direct": [], "gateway": []}
+    together: dict[str, list[Round]] = {"direct": [], "gateway": []}
     async with straight, relayed:
-        for concurrency, requests in CONCURRENCIES:
-            done: dict[str, list[Round]] = {"direct": [], "gateway": []}
-            for number in range(rounds + 1):
-                for name, http, ask in paths:
-
-                    async def one(
-                        number: int, http: httpx2.AsyncClient = http, ask: Ask = ask
-                    ) -> tuple[float, int]:
-                        return await ask(http, number, tokens)
-
-                    result = await Round.measure(one, requests, concurrency)
-                    assert result.tokens == requests * tokens, "an answer was cut short"
-                    if number:
-                        done[name].append(result)
-                        say(
-                            f"{concurrency} streams, round {number}: {name} "
-                            f"{result.tokens_per_s:.1f} tok/s"
-                        )
-            figures[str(concurrency)] = summary(done["direct"], done["gateway"])
-    return figures
+        for number in range(rounds + 1):
+            for name, (http, ask) in paths.items():
+                single = await Round.measure(partial(rested, ask, http), FIRST_TOKEN_REQUESTS, 1)
+                many = await Round.measure(partial(ask, http, tokens=tokens), STREAMS, STREAMS)
+                assert many.tokens == STREAMS * tokens, "an answer was cut short"
+                if number:
+                    alone[name].append(single)
+                    together[name].append(many)
+                    say(
+                        f"round {number}, {name}: first token after "
+                        f"{statistics.median(single.first_ms):.1f} ms; "
+                        f"{STREAMS} streams, {many.tokens_per_s:.1f} tok/s"
+                    )
+    return summary(alone, together)
 
 
-def summary(direct: list[Round], gateway: list[Round]) -> dict[str, float]:
-    """Return the figures that the table shows; medians over all requests or rounds."""
+def summary(alone: dict[str, list[Round]], together: dict[str, list[Round]]) -> dict[str, float]:
+    """Return the figures that the table shows: medians over all requests, or over rounds."""
 
     def first_ms(rounds: list[Round]) -> float:
         return statistics.median(ms for one in rounds for ms in one.first_ms)
 
-    ratios = [g.tokens_per_s / d.tokens_per_s for d, g in zip(direct, gateway, strict=True)]
+    def speed(rounds: list[Round]) -> float:
+        return statistics.median(one.tokens_per_s for one in rounds)
+
+    pairs = zip(together["direct"], together["gateway"], strict=True)
     return {
-        "direct_tokens_per_s": statistics.median(one.tokens_per_s for one in direct),
-        "gateway_tokens_per_s": statistics.median(one.tokens_per_s for one in gateway),
-        "throughput_ratio": statistics.median(ratios),
-        "direct_first_ms": first_ms(direct),
-        "gateway_first_ms": first_ms(gateway),
-        "added_first_ms": first_ms(gateway) - first_ms(direct),
+        "direct_first_ms": first_ms(alone["direct"]),
+        "gateway_first_ms": first_ms(alone["gateway"]),
+        "added_first_ms": first_ms(alone["gateway"]) - first_ms(alone["direct"]),
+        "direct_tokens_per_s": speed(together["direct"]),
+        "gateway_tokens_per_s": speed(together["gateway"]),
+        "throughput_ratio": statistics.median(g.tokens_per_s / d.tokens_per_s for d, g in pairs),
     }
 
 
-def table(figures: dict[str, dict[str, float]]) -> list[str]:
+def table(figures: dict[str, float]) -> list[str]:
     """Return the lines of the table."""
     lines = [
-        "| the openai route, streamed | 1 stream | 32 streams |",
-        "| --- | --- | --- |",
+        "| /v1/chat/completions, streamed | direct, in the clear | gateway, sealed | |",
+        "| --- | --- | --- | --- |",
     ]
-    for label, name, form in (
-        ("direct and in the clear, tokens/s", "direct_tokens_per_s", "{:.1f}"),
-        ("gateway, sealed, tokens/s", "gateway_tokens_per_s", "{:.1f}"),
-        ("gateway / direct", "throughput_ratio", "{:.3f}"),
-        ("direct, first token, ms", "direct_first_ms", "{:.1f}"),
-        ("gateway, first token, ms", "gateway_first_ms", "{:.1f}"),
-        ("added to the first token, ms", "added_first_ms", "{:.1f}"),
+    for label, name, unit in (
+        ("one stream, first token, ms", "first_ms", "{added_first_ms:+.1f}"),
+        (f"{STREAMS} streams, tokens/s", "tokens_per_s", "ratio {throughput_ratio:.3f}"),
     ):
-        cells = (form.format(figures[str(count)][name]) for count, _ in CONCURRENCIES)
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        compared = unit.format(**figures)
+        cells = f"{figures[f'direct_{name}']:.1f} | {figures[f'gateway_{name}']:.1f}"
+        lines.append(f"| {label} | {cells} | {compared} |")
     return lines
 
 
