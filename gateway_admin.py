@@ -17,6 +17,7 @@ from starlette.routing import BaseRoute, Route
 
 from client import AsyncClient
 from errors import RequestError, SealedError
+from gateway_body import parsed
 from gateway_errors import error_response
 from gateway_guard import bearer
 
@@ -101,7 +102,7 @@ class Admin:
 
     async def _warm(self, request: Request) -> dict[str, Any]:
         started_s = time.monotonic()
-        wish = _wish(await request.body())
+        wish = parsed(await request.body() or b"{}", Wish)
         if self._waking is None:
             self._waking = asyncio.ensure_future(self._wake())
         waking = self._waking
@@ -128,12 +129,3 @@ class Admin:
             type="NotFoundError",
             code="not_found",
         )
-
-
-def _wish(body: bytes) -> Wish:
-    try:
-        return msgspec.json.decode(body or b"{}", type=Wish)
-    except msgspec.ValidationError as error:
-        raise RequestError(f"the body is not as it should be: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise RequestError("the body is not valid JSON") from None

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from answers import Answer, Delta
 from client import AsyncClient, AsyncStream
 from errors import RequestError
+from gateway_body import parsed
 from gateway_metrics import Metrics
 from gateway_relay import EVENTS, Reply, serve
 
@@ -41,16 +42,6 @@ class Question(msgspec.Struct, forbid_unknown_fields=True):
         """Return the conversation as the model gets it."""
         turns = [*self.history, Turn("user", self.message)]
         return [{"role": turn.role, "content": turn.content} for turn in turns]
-
-
-def parse(content: bytes) -> Question:
-    """Read a body; RequestError says what is wrong with it."""
-    try:
-        return msgspec.json.decode(content, type=Question)
-    except msgspec.ValidationError as error:
-        raise RequestError(f"the body is not as it should be: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise RequestError("the body is not valid JSON") from None
 
 
 class Chat:
@@ -84,7 +75,7 @@ class Chat:
     async def _answer(self, request: Request, content: bytes, reply: Reply) -> None:
         if request.method != "POST":
             raise RequestError(f"{PATH} is called with POST", status=405, type="MethodNotAllowed")
-        question = parse(content)
+        question = parsed(content, Question)
         if question.stream or "text/event-stream" in request.headers.get("accept", ""):
             async with self._client.chat(
                 question.messages(), stream=True, model=question.model

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from answers import Answer, Response
 from client import AsyncClient, AsyncRawStream, AsyncStream
 from errors import RateLimited, RequestError, SealedError
+from gateway_body import parsed
 from gateway_errors import ANTHROPIC_ROUTES, error_body
 from gateway_guard import not_found
 from gateway_metrics import Measured, Metrics
@@ -122,13 +123,7 @@ def _check(route: str, method: str, content: bytes) -> bool:
         )
     if method == "GET":
         return False
-    try:
-        asked = msgspec.json.decode(content, type=_Asked)
-        return asked.stream is True and route in STREAMED
-    except msgspec.ValidationError:
-        raise RequestError("the body is not a JSON object") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise RequestError("the body is not valid JSON") from None
+    return parsed(content, _Asked).stream is True and route in STREAMED
 
 
 @dataclass(slots=True)
