@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo demo-gateway test run lint bench contract pins clean
+.PHONY: help setup clients model demo demo-gateway test run lint bench contract pins clean
 
 PYTHON ?=
 export PYTHON
@@ -13,6 +13,9 @@ help: ## list these commands
 setup: ## make the environment in .venv (PYTHON=/path/to/python3 picks another Python)
 	@tools/setup.sh .venv $(PINS)
 
+clients: setup ## make the environments of the clients that the gateway is tested with
+	@tools/setup_clients.sh
+
 model: setup ## make the demo model in models/
 	@$(PY) tools/demo_model.py
 
@@ -22,7 +25,7 @@ demo: model ## send a sealed prompt through a local RunPod to the demo model (or
 demo-gateway: model ## the same with the openai SDK, through the gateway
 	@$(PY) tools/demo_gateway.py
 
-test: model lint ## run every test, those on the real engine included (ARGS="-k word" picks some)
+test: model clients lint ## run every test, those on the real engine included (ARGS="-k word" picks some)
 	@$(PY) tools/tiny_models.py
 	@# Where there is no browser to be had, the tests that need one say so.
 	@tools/setup_browser.sh >/dev/null || true
@@ -64,6 +67,7 @@ pins: setup ## bind requirements/constraints.txt to what is installed now
 	} > .venv/pins && mv .venv/pins requirements/constraints.txt
 
 clean: ## remove what make made, the environment and the models too
-	rm -rf .venv .contract .cache models bench screenshots build dist *.egg-info
+	rm -rf .venv .contract .clients tests/conformance/scripts/node_modules .cache models
+	rm -rf bench screenshots build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """Tiny models with random weights and the demo model's tokenizer, for quick tests of the engine.
 
-They answer nonsense, the same nonsense every time, and load in a second. Owns no test and
+They answer nonsense, the same nonsense every time, and load in a second: tiny-llama likes to say
+one thing again and again, tiny-talker says words, others after every prompt. Owns no test and
 starts no engine.
 """
 
@@ -19,7 +20,14 @@ from tools import demo_model
 MODELS = demo_model.FOLDER.parent
 
 
-def _make(path: Path, model_class: str, config_class: str, **config: Any) -> None:
+def _make(
+    path: Path,
+    model_class: str,
+    config_class: str,
+    *,
+    mend: Callable[[Any, Any], None] = lambda model, tokenizer: None,
+    **config: Any,
+) -> None:
     """Save a random model of the class in `path`, whole or not at all, unless it is there."""
     if (path / "config.json").exists():
         return
@@ -35,10 +43,11 @@ def _make(path: Path, model_class: str, config_class: str, **config: Any) -> Non
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            tie_word_embeddings=True,
-            **config,
+            **{"tie_word_embeddings": True, **config},
         )
     ).to(torch.bfloat16)
+    with torch.no_grad():
+        mend(model, tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as temporary:
         work = Path(temporary) / "model"
@@ -49,24 +58,58 @@ def _make(path: Path, model_class: str, config_class: str, **config: Any) -> Non
         work.rename(path)
 
 
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    # 32 is the smallest head that vLLM's attention on the CPU takes.
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+}
+
+
 def make_tiny_llama(path: Path) -> None:
     """Make a Llama of 2 layers and 3 million parameters, context 2,048, with a chat template."""
-    # 32 is the smallest head that vLLM's attention on the CPU takes.
+    _make(path, "LlamaForCausalLM", "LlamaConfig", **SHAPE)
+
+
+def _let_talk(model: Any, tokenizer: Any) -> None:
+    """Have the model say words where it may, and blanks only where it must.
+
+    What would end an answer is no word either. The first dimension of the hidden state is made
+    the same at every token, and its weight in the last layer is what a token is liked by.
+    """
+    model.model.embed_tokens.weight[:, 0] = 1
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = 0
+        layer.mlp.down_proj.weight[0] = 0
+    for token in range(len(tokenizer)):
+        text = tokenizer.decode([token])
+        word = text.isascii() and text[:1] == " " and text[1:].isalpha()
+        model.lm_head.weight[token, 0] = 0 if word else -1e4 if text.isspace() else -1e3
+
+
+def make_tiny_talker(path: Path) -> None:
+    """Make a Llama of 6 million parameters whose answers are words; for float32, see below."""
+    # Weights as wide as these make it listen to every word of a prompt. In bfloat16 the likeliest
+    # word would at times depend on what else the engine computes.
     _make(
         path,
         "LlamaForCausalLM",
         "LlamaConfig",
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
+        mend=_let_talk,
+        tie_word_embeddings=False,
+        initializer_range=0.5,
+        **SHAPE,
     )
 
 
-KINDS: dict[str, Callable[[Path], None]] = {"tiny-llama": make_tiny_llama}
+KINDS: dict[str, Callable[[Path], None]] = {
+    "tiny-llama": make_tiny_llama,
+    "tiny-talker": make_tiny_talker,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make tiny models in a folder.")

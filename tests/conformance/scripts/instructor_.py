@@ -1,0 +1,70 @@
+"""instructor against the gateway; see harness.py."""
+
+from typing import Any, Literal
+
+import instructor
+import openai
+from harness import API_KEY, BASE_URL, MODEL, Facts, main, prompt, scenario
+from pydantic import BaseModel
+
+
+class Weather(BaseModel):
+    """The weather of a city."""
+
+    city: Literal["Paris", "Rome"]
+    warm: bool
+
+
+def client(mode: instructor.Mode) -> instructor.Instructor:
+    """Return instructor over openai-python."""
+    return instructor.from_openai(openai.OpenAI(base_url=BASE_URL, api_key=API_KEY), mode=mode)
+
+
+def asked(name: str, **options: Any) -> Facts:
+    """Return the arguments of a call."""
+    return {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": prompt(name)}],
+        "temperature": 0,
+        "max_tokens": 150,
+        "max_retries": 0,
+        **options,
+    }
+
+
+@scenario
+def by_schema() -> Facts:
+    found = client(instructor.Mode.JSON_SCHEMA).create(**asked("by_schema"), response_model=Weather)
+    return {"parsed": found.model_dump()}
+
+
+@scenario
+def by_tool() -> Facts:
+    found = client(instructor.Mode.TOOLS).create(**asked("by_tool"), response_model=Weather)
+    return {"parsed": found.model_dump()}
+
+
+@scenario
+def partial() -> Facts:
+    """The model grows while the answer is streamed."""
+    steps = client(instructor.Mode.JSON_SCHEMA).create_partial(
+        **asked("partial"), response_model=Weather
+    )
+    seen = [step.model_dump() for step in steps]
+    return {"chunks": len(seen), "parsed": seen[-1]}
+
+
+@scenario
+def unknown_model() -> Facts:
+    try:
+        client(instructor.Mode.JSON_SCHEMA).create(
+            **asked("unknown_model", model="nobody"), response_model=Weather
+        )
+    except Exception as error:
+        # Its own exception, around that of the SDK.
+        return {"error": type(error).__name__, "message": str(error)}
+    return {"error": None}
+
+
+if __name__ == "__main__":
+    main()
