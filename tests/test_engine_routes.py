@@ -1,34 +1,28 @@
-"""vLLM's routes at parity with its own server; engines that pool, that reason, that die.
+"""An engine's context, template and account of itself; engines that pool, that reason, that die.
 
 On tiny models with random weights: what they answer is nonsense, the same every time.
 """
 
 import asyncio
 import base64
-import json
 import os
-import re
 import signal
-import socket
 import struct
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx2
 import psutil
 import pytest
 import pytest_asyncio
 
 from errors import EngineDead, RequestError
-from frames import Head, Kind
 from protocol import GENERATE
+from tests.conformance.reference import (
+    WEATHER,
+)
 from tests.engines import (
     CHAT,
-    SMALL,
     TINY,
-    Answer,
     Engine,
     ask,
     build,
@@ -41,7 +35,6 @@ from tests.engines import (
     started,
     user,
 )
-from tests.wait import until
 
 pytestmark = [
     pytest.mark.engine,
@@ -50,19 +43,6 @@ pytestmark = [
 ]
 
 OPTIONS = {"MAX_MODEL_LEN": "256", "ENABLE_AUTO_TOOL_CHOICE": "true", "TOOL_CALL_PARSER": "hermes"}
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"enum": ["Paris", "Rome"]}},
-            "required": ["city"],
-            "additionalProperties": False,
-        },
-        "strict": True,
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -74,222 +54,6 @@ def built() -> Engine:
 async def engine(built: Engine) -> AsyncIterator[Engine]:
     async with started(built) as engine:
         yield engine
-
-
-# --- parity with vLLM's own server ------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def server(built: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
-    """vLLM's own server on the same model with the same settings."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("server")
-    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
-    command += [f"--model={TINY}", "--served-model-name=tiny", "--host=127.0.0.1", f"--port={port}"]
-    command += ["--enforce-eager", "--max-model-len=256", "--disable-log-stats"]
-    command += ["--enable-auto-tool-choice", "--tool-call-parser=hermes"]
-    command += [f"--kv-cache-memory-bytes={SMALL['KV_CACHE_MEMORY_BYTES']}"]
-    environ = {name: os.environ[name] for name in os.environ if not name.startswith("VLLM_LOGGING")}
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environ, stdout=log, stderr=log)
-    client = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-
-    def healthy() -> bool:
-        assert process.poll() is None, (folder / "log").read_text()[-2000:]
-        try:
-            return client.get("/health").status_code == 200
-        except httpx2.TransportError:
-            return False
-
-    try:
-        until(healthy, 300, "vLLM's own server to start")
-        yield client
-    finally:
-        client.close()
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-CHANGING = {
-    *("id", "created", "created_at", "completed_at", "item_id", "call_id", "system_fingerprint"),
-    *("sequence_number", "request_id", "tool_call_id", "timestamp"),
-}
-
-
-def constant(value: Any) -> Any:
-    """Return the value without what differs from one request to the next."""
-    if isinstance(value, dict):
-        return {name: constant(item) for name, item in value.items() if name not in CHANGING}
-    if isinstance(value, list):
-        return [constant(item) for item in value]
-    if isinstance(value, str):
-        return re.sub(r"\b(chatcmpl|cmpl|resp|msg|modelperm|fc|call|rs|toolu)[-_]\w+", r"\1", value)
-    return value
-
-
-PARITY: dict[str, tuple[str, Any]] = {
-    "models": ("/v1/models", None),
-    "version": ("/version", None),
-    "tokenize": (
-        "/tokenize",
-        {"model": "tiny", "prompt": "Hello there", "return_token_strs": True},
-    ),
-    "tokenize messages": ("/tokenize", {"model": "tiny", "messages": user("Hello")}),
-    "detokenize": ("/detokenize", {"model": "tiny", "tokens": [100, 200, 300]}),
-    "chat": (CHAT, {"messages": user("Hello"), "max_tokens": 8}),
-    "chat, no limit": (CHAT, {"messages": user("Hello")}),
-    "chat, logprobs": (
-        CHAT,
-        {"messages": user("Hello"), "max_tokens": 4, "logprobs": True, "top_logprobs": 3},
-    ),
-    "chat, prompt logprobs": (
-        CHAT,
-        {"messages": user("Hello"), "max_tokens": 2, "prompt_logprobs": 1},
-    ),
-    "chat, choices": (
-        CHAT,
-        {"messages": user("Hello"), "max_tokens": 4, "n": 3, "seed": 5, "temperature": 1},
-    ),
-    "chat, schema": (
-        CHAT,
-        {
-            "messages": user("Hello"),
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {
-                    "name": "x",
-                    "schema": {"type": "object", "properties": {"a": {"enum": ["b", "c"]}}},
-                },
-            },
-            "max_tokens": 40,
-        },
-    ),
-    "chat, tool": (
-        CHAT,
-        {
-            "messages": user("Hello"),
-            "tools": [WEATHER],
-            "tool_choice": {"type": "function", "function": {"name": "weather"}},
-            "max_tokens": 60,
-        },
-    ),
-    "completions": ("/v1/completions", {"prompt": "Hello", "max_tokens": 8}),
-    "completions, several": (
-        "/v1/completions",
-        {"prompt": ["Hello", "Once"], "max_tokens": 4, "logprobs": 2, "echo": True},
-    ),
-    "responses": ("/v1/responses", {"input": "Hello", "max_output_tokens": 8}),
-    "messages": ("/v1/messages", {"messages": user("Hello"), "max_tokens": 8}),
-    "count tokens": ("/v1/messages/count_tokens", {"messages": user("Hello")}),
-    "unknown model": (CHAT, {"model": "nope", "messages": user("Hello")}),
-    "too long": (CHAT, {"messages": user("x " * 400)}),
-    "out of range": (CHAT, {"messages": user("x"), "temperature": 9}),
-    "wrong type": (CHAT, {"messages": "x"}),
-    "wrong role": (CHAT, {"messages": [{"role": "nobody", "content": "x"}]}),
-    "huge number": (CHAT, {"messages": user("x"), "max_tokens": 10**30}),
-    "no messages": (CHAT, {}),
-    "not JSON": (CHAT, b"{"),
-    "not an object": ("/v1/completions", b"[]"),
-    "anthropic error": ("/v1/messages", {"messages": user("Hello")}),
-    "responses error": ("/v1/responses", {"input": 5}),
-    "schema error": (
-        CHAT,
-        {"messages": user("x"), "structured_outputs": {"json": {"type": "nope"}}},
-    ),
-}
-
-
-def _request(body: Any) -> Any:
-    if isinstance(body, dict):
-        return {"model": "tiny", **({} if "tokens" in body else {"temperature": 0}), **body}
-    return body
-
-
-@pytest.mark.parametrize("name", PARITY)
-async def test_a_route_answers_what_vllms_own_server_answers(
-    engine: Engine, server: httpx2.Client, name: str
-) -> None:
-    path, body = PARITY[name]
-    body = _request(body)
-    if body is None:
-        theirs = server.get(path)
-        ours = await ask(engine, path, None, method="GET")
-    else:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        theirs = await asyncio.to_thread(
-            server.post, path, content=content, headers={"Content-Type": "application/json"}
-        )
-        ours = await ask(engine, path, content)
-    assert ours.head == Head(theirs.status_code, "body", theirs.headers["content-type"])
-    assert constant(ours.json) == constant(theirs.json())
-
-
-def _paths(value: Any, path: str = "") -> Iterator[str]:
-    """Yield the paths of a JSON value's members."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from _paths(item, f"{path}.{name}")
-    elif isinstance(value, list):
-        for item in value:
-            yield from _paths(item, f"{path}[]")
-    else:
-        yield path
-
-
-TEXTS = {"content", "text", "delta", "arguments", "partial_json", "output_text", "thinking"}
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for name, item in value.items():
-            if name in TEXTS and isinstance(item, str):
-                yield item
-            else:
-                yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-
-
-STREAMED = [
-    *("chat", "chat, logprobs", "chat, choices", "chat, schema", "chat, tool"),
-    *("completions", "responses", "messages", "unknown model", "too long", "huge number"),
-]
-
-
-@pytest.mark.parametrize("name", STREAMED)
-async def test_a_streamed_route_says_what_vllms_own_server_says(
-    engine: Engine, server: httpx2.Client, name: str
-) -> None:
-    """Where events begin and end depends on timing; their members and their text do not."""
-    path, body = PARITY[name]
-    body = {**_request(body), "stream": True}
-    if path != "/v1/responses" and path != "/v1/messages":
-        body["stream_options"] = {"include_usage": True}
-    theirs = await asyncio.to_thread(server.post, path, json=body)
-    ours = await ask(engine, path, body)
-    kind: Kind = "sse" if theirs.status_code == 200 else "body"
-    assert ours.head == Head(theirs.status_code, kind, theirs.headers["content-type"])
-    if kind == "body":
-        assert constant(ours.json) == constant(theirs.json())
-        return
-    reference = Answer(sse=[part for part in theirs.content.split(b"\n\n") if part])
-    assert ours.sse[-1].splitlines()[0] == reference.sse[-1].splitlines()[0]
-    assert set(_paths(ours.chunks)) == set(_paths(reference.chunks))
-    assert constant(ours.chunks[0]) == constant(reference.chunks[0])
-    assert constant(ours.chunks[-1]) == constant(reference.chunks[-1])
-    if name == "chat, choices":  # the choices take turns as they like
-        return
-    assert "".join(_texts(constant(ours.chunks))) == "".join(_texts(constant(reference.chunks)))
-
-
-# --- the context ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [True, False])
