@@ -64,7 +64,8 @@ SETTINGS = (
     Setting(
         "CLIENT_STATE_DIR",
         "`$XDG_STATE_HOME/sealed-vllm`, or `~/.local/state/sealed-vllm`",
-        "where `submit` keeps what opens the answers of its jobs",
+        "where `submit` keeps what opens the answers of its jobs, and the gateway the names of the "
+        "models",
     ),
 )
 

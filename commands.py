@@ -7,10 +7,11 @@ check list of `doctor` in `doctor`.
 
 import argparse
 import asyncio
+import difflib
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any, TextIO
 
 import commands_ask
@@ -115,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    if not arguments or arguments[0] not in command_names(parser):
+    names = command_names(parser)
+    if not arguments or arguments[0] not in names:
+        _check_misspelt(arguments, names, parser)
         arguments = ["ask", *arguments]
     for stream in (sys.stdout, sys.stderr):
         _tolerate(stream)
@@ -139,6 +142,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SealedError as error:
         screen.note(f"error: {error}")
         return error.exit_code
+
+
+def _check_misspelt(
+    arguments: Sequence[str], names: Collection[str], parser: argparse.ArgumentParser
+) -> None:
+    # A prompt of one word that is nearly a command is more likely a slip, and a prompt costs money.
+    if len(arguments) == 1 and (
+        meant := difflib.get_close_matches(arguments[0], names, n=1, cutoff=0.75)
+    ):
+        parser.error(
+            f"{arguments[0]!r} is no command; is {meant[0]!r} meant? "
+            "As a prompt it goes after the word ask"
+        )
 
 
 def _tolerate(stream: TextIO) -> None:

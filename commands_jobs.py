@@ -127,7 +127,9 @@ async def status(args: argparse.Namespace, screen: Screen) -> int:
         except RecordError as error:
             screen.note(f"error: {error}")
         try:
-            screen.json({**await client.status(args.job_id), **recorded})
+            state = await client.status(args.job_id)
+            state.pop("output", None)  # ciphertext; `result` opens it
+            screen.json({**state, **recorded})
         except JobError:
             if recorded:
                 screen.json({"id": args.job_id, **recorded})

@@ -9,6 +9,7 @@ What is passed on is `gateway_relay`'s, who may come in `gateway_guard`'s.
 import argparse
 import asyncio
 import contextlib
+import ipaddress
 import signal
 import socket
 import sys
@@ -39,6 +40,7 @@ from gateway_guard import Guard
 from gateway_metrics import CONTENT_TYPE, Metrics
 from gateway_models import Catalog
 from gateway_relay import Relay
+from gateway_reply import Serving
 
 VERSION = "0.1.0"
 
@@ -56,17 +58,16 @@ class Gateway:
         self.settings = settings
         self.client = client
         self.metrics = Metrics()
-        memory = settings.client.state_dir / f"models-{settings.client.endpoint_id}.json"
-        self.catalog = Catalog(client, settings.models, settings.models_ttl_s, memory.expanduser())
         self.key_id = KeyRing.parse(settings.client.encryption_key).first.id
+        # With another key it is another deployment, though the endpoint may be the same.
+        name = f"models-{settings.client.endpoint_id}-{self.key_id}.json"
+        memory = (settings.client.state_dir / name).expanduser()
+        self.catalog = Catalog(client, settings.models, settings.models_ttl_s, memory)
         self.url = ""
-        self._relay = Relay(
-            client,
-            self.metrics,
-            keepalive_s=settings.keepalive_s,
-            on_answer=self.catalog.seen_awake,
+        self._serving = Serving(
+            self.metrics, keepalive_s=settings.keepalive_s, on_answer=self.catalog.seen_awake
         )
-        self.admin = Admin(client, settings.admin_token, self.status)
+        self._admin = Admin(client, settings.admin_token, self.status)
         voice_file = settings.vapi.voice_file
         self._voice = gateway_voice.load(voice_file) if voice_file else None
 
@@ -78,21 +79,16 @@ class Gateway:
             Route("/ready", self._ready),
             Route("/metrics", self._metrics),
             Route("/api/status", self._status),
-            *gateway_api.routes(
-                self.client,
-                self.metrics,
-                keepalive_s=self.settings.keepalive_s,
-                on_answer=self.catalog.seen_awake,
-            ),
+            *gateway_api.routes(self.client, self._serving),
             *gateway_vapi.routes(self.settings.vapi, self._voice),
-            *self.admin.routes(),
+            *self._admin.routes(),
         ]
         for prefix in ("", "/v1"):
             routes += [
                 Route(f"{prefix}/models", self._models),
                 Route(f"{prefix}/models/{{model:path}}", self._model),
             ]
-        routes.append(Route("/{path:path}", self._relay))
+        routes.append(Route("/{path:path}", Relay(self.client, self._serving)))
         settings = self.settings
         guard = Middleware(
             Guard,
@@ -113,6 +109,12 @@ class Gateway:
         # A page's preflight carries no key, so it is answered before the guard asks for one.
         return Starlette(routes=routes, middleware=[cors, guard])
 
+    async def end(self, grace_s: float) -> None:
+        """Let answers go on for a while, end what is left, and stop asking for itself."""
+        await self._serving.end(grace_s)
+        await self._admin.close()
+        await self.catalog.close()
+
     async def _health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok", "version": VERSION})
 
@@ -128,11 +130,18 @@ class Gateway:
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     async def _models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": await self.catalog.models()})
+        try:
+            return JSONResponse({"object": "list", "data": await self.catalog.models()})
+        except SealedError as error:
+            return error_response(error)
 
     async def _model(self, request: Request) -> Response:
         wanted = request.path_params["model"]
-        for model in await self.catalog.models():
+        try:
+            models = await self.catalog.models()
+        except SealedError as error:
+            return error_response(error)
+        for model in models:
             if model.get("id") == wanted:
                 return JSONResponse(model)
         return error_response(
@@ -164,6 +173,7 @@ class Gateway:
         return told | {
             "models": [model.get("id") for model in self.catalog.known],
             "worker": self.catalog.worker,
+            "fault": str(self.catalog.fault) if self.catalog.fault else None,
             "requests": self.metrics.recent(),
         }
 
@@ -172,8 +182,11 @@ def banner(status: dict[str, object]) -> str:
     """Return what a person needs to know when the gateway has started."""
     worker = status.get("worker")
     models = status["models"]
+    unknown = "not known" if status["fault"] else "not known while no worker is awake"
     workers = status.get("workers")
     match status["awake"]:
+        case True if status["fault"]:
+            state = f"awake, but: {status['fault']}"
         case True:
             state = "awake"
         case False if isinstance(workers, dict) and workers.get("initializing"):
@@ -188,12 +201,10 @@ def banner(status: dict[str, object]) -> str:
         "endpoint": status["endpoint"],
         "key id": status["key_id"],
         "worker": state,
-        "version": versions(worker)
-        if isinstance(worker, dict)
-        else "not known while no worker is awake",
+        "version": versions(worker) if isinstance(worker, dict) else unknown,
         "models": ", ".join(map(str, models))
         if isinstance(models, list) and models
-        else "not known while no worker is awake (GATEWAY_MODELS can name them)",
+        else f"{unknown} (GATEWAY_MODELS can name them)",
     }
     return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
 
@@ -206,13 +217,26 @@ def run(settings: GatewaySettings) -> int:
     return 0
 
 
+class _Server(uvicorn.Server):
+    def __init__(self, gateway: Gateway, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for the answers that run, and no longer than for those."""
+        ending = asyncio.ensure_future(self._gateway.end(GRACE_S))
+        await super().shutdown(sockets)
+        ending.cancel()  # where a second signal ended the wait
+
+
 async def _serve(settings: GatewaySettings) -> None:
     listener = _listen(settings.host, settings.port)
     async with AsyncClient(settings.client) as client:
         gateway = Gateway(settings, client)
         host, port = listener.getsockname()[:2]
-        gateway.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        server = uvicorn.Server(
+        gateway.url = f"http://{_address(host)}:{port}"
+        server = _Server(
+            gateway,
             uvicorn.Config(
                 gateway.application(),
                 log_config=None,
@@ -220,8 +244,7 @@ async def _serve(settings: GatewaySettings) -> None:
                 access_log=False,
                 lifespan="off",
                 server_header=False,
-                timeout_graceful_shutdown=GRACE_S,
-            )
+            ),
         )
         greeting = asyncio.ensure_future(_greet(gateway))
         try:
@@ -232,14 +255,14 @@ async def _serve(settings: GatewaySettings) -> None:
                 await asyncio.sleep(0)
         finally:
             greeting.cancel()
-            await gateway.admin.close()
-            await gateway.catalog.close()
+            await gateway.end(0)
 
 
 async def _greet(gateway: Gateway) -> None:
     if text := warning(gateway.settings):
         print(f"WARNING: {text}", file=sys.stderr)
-    await gateway.catalog.models()
+    with contextlib.suppress(SealedError):  # the banner tells it
+        await gateway.catalog.models()
     await gateway.catalog.settled()
     print(banner(await gateway.status()), flush=True)
 
@@ -249,10 +272,18 @@ def warning(settings: GatewaySettings) -> str:
     if settings.is_loopback:
         return ""
     return (
-        f"others than this machine can reach {settings.host}. On their way to the gateway prompts "
-        "and answers travel in the clear"
+        f"others than this machine can reach {settings.host}, by its address or under the names of "
+        "GATEWAY_ALLOWED_HOSTS. On their way to the gateway prompts and answers travel in the clear"
         + ("" if settings.key else ", and without GATEWAY_KEY anybody may send some at your cost")
     )
+
+
+def _address(host: str) -> str:
+    """Return what stands in a URL for the address that is listened on."""
+    address = ipaddress.ip_address(host)
+    if address.is_unspecified:  # all addresses; this one is for this machine
+        return "127.0.0.1" if address.version == 4 else "[::1]"
+    return f"[{host}]" if address.version == 6 else host
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -270,7 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="gateway.py",
         description="Serve the OpenAI API on this machine; what leaves it is sealed.",
-        epilog="Keys are read from the environment or from files, never from arguments.",
+        epilog="Everything else is a variable, GATEWAY_KEY for example; README.md lists them. "
+        "Keys are read from the environment or from files, never from arguments.",
     )
     parser.add_argument("--host", help="GATEWAY_HOST, the address to listen on")
     parser.add_argument("--port", help="GATEWAY_PORT, the port to listen on")

@@ -20,6 +20,7 @@ from errors import RequestError, SealedError
 from gateway_body import parsed
 from gateway_errors import error_response
 from gateway_guard import bearer
+from gateway_reply import stopped
 
 WAIT_S = 60.0
 """How long /admin/warm waits unless asked otherwise."""
@@ -108,6 +109,8 @@ class Admin:
         waking = self._waking
         # Whoever stops waiting leaves the job in the queue: it is what makes the worker start.
         await asyncio.wait({waking}, timeout=wish.wait_s)
+        if waking.cancelled():
+            raise stopped()
         if waking.done() and (error := waking.result()):
             raise error
         return {"awake": waking.done(), "took_s": round(time.monotonic() - started_s, 3)}

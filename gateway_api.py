@@ -5,7 +5,6 @@
 Owns the shape of this one route; whoever needs more has the OpenAI routes.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -17,8 +16,7 @@ from answers import Answer, Delta
 from client import AsyncClient, AsyncStream
 from errors import RequestError
 from gateway_body import parsed
-from gateway_metrics import Metrics
-from gateway_relay import EVENTS, Reply, serve
+from gateway_reply import EVENTS, Reply, Serving
 
 PATH = "/api/chat"
 
@@ -47,30 +45,13 @@ class Question(msgspec.Struct, forbid_unknown_fields=True):
 class Chat:
     """The ASGI application of the route."""
 
-    def __init__(
-        self,
-        client: AsyncClient,
-        metrics: Metrics,
-        *,
-        keepalive_s: float,
-        on_answer: Callable[[], None],
-    ) -> None:
+    def __init__(self, client: AsyncClient, serving: Serving) -> None:
         self._client = client
-        self._metrics = metrics
-        self._keepalive_s = keepalive_s
-        self._on_answer = on_answer
+        self._serving = serving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        await serve(
-            scope,
-            receive,
-            send,
-            route=PATH,
-            metrics=self._metrics,
-            keepalive_s=self._keepalive_s,
-            work=self._answer,
-        )
+        await self._serving.serve(scope, receive, send, route=PATH, work=self._answer)
 
     async def _answer(self, request: Request, content: bytes, reply: Reply) -> None:
         if request.method != "POST":
@@ -86,7 +67,6 @@ class Chat:
             answer = await self._client.chat(question.messages(), model=question.model)
             reply.submitted(answer)
             await self._whole(answer, reply)
-        self._on_answer()
 
     async def _whole(self, answer: Answer, reply: Reply) -> None:
         told = {
@@ -119,13 +99,6 @@ def _event(data: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
-def routes(
-    client: AsyncClient,
-    metrics: Metrics,
-    *,
-    keepalive_s: float,
-    on_answer: Callable[[], None],
-) -> list[BaseRoute]:
+def routes(client: AsyncClient, serving: Serving) -> list[BaseRoute]:
     """Return the route; the body is bounded by whoever mounts it."""
-    chat = Chat(client, metrics, keepalive_s=keepalive_s, on_answer=on_answer)
-    return [Route(PATH, chat)]
+    return [Route(PATH, Chat(client, serving))]

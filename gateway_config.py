@@ -4,7 +4,9 @@ Owns names, defaults and checks of what only the gateway needs; the client's own
 settings are `client_config`'s, through which everything is read.
 """
 
+import difflib
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
@@ -17,6 +19,9 @@ from errors import ConfigError
 DEFAULT_PORT = 8000
 DEFAULT_MAX_BODY_BYTES = 7_400_000
 """Sealed, it has a third more and padding, and /run carries 10 MB."""
+
+_HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?|[0-9a-f:]*:[0-9a-f:.]*")
+"""A name, an IPv4 or an IPv6 address."""
 
 SETTINGS = (
     Setting("GATEWAY_HOST", "127.0.0.1", "the address to listen on"),
@@ -109,9 +114,9 @@ class GatewaySettings:
             client=ClientSettings.read(reader),
             host=reader.text("GATEWAY_HOST") or "127.0.0.1",
             port=_whole(reader, "GATEWAY_PORT", DEFAULT_PORT, 0, 65535),
-            key=reader.secret("GATEWAY_KEY", required=False),
-            admin_token=reader.secret("GATEWAY_ADMIN_TOKEN", required=False),
-            allowed_hosts=tuple(host.lower() for host in _list(reader, "GATEWAY_ALLOWED_HOSTS")),
+            key=_token(reader, "GATEWAY_KEY"),
+            admin_token=_token(reader, "GATEWAY_ADMIN_TOKEN"),
+            allowed_hosts=_hosts(reader),
             cors_origins=_origins(reader),
             max_body_bytes=_whole(
                 reader, "GATEWAY_MAX_BODY_BYTES", DEFAULT_MAX_BODY_BYTES, 1, 2**31
@@ -121,6 +126,11 @@ class GatewaySettings:
             keepalive_s=reader.seconds("GATEWAY_KEEPALIVE_S") or 5.0,
             vapi=VapiSettings.read(reader),
         )
+        _check_names(reader, environ)
+        if settings.key and settings.key == settings.admin_token:
+            reader.faults.append(
+                "GATEWAY_KEY and GATEWAY_ADMIN_TOKEN are the same; an admin's has to be another"
+            )
         if reader.faults:
             raise ConfigError(reader.faults)
         return settings
@@ -151,6 +161,33 @@ def _whole(reader: Reader, name: str, default: int, low: int, high: int) -> int:
         reader.faults.append(f"{name} is not a whole number from {low} to {high}")
         return default
     return int(text)
+
+
+def _check_names(reader: Reader, environ: Mapping[str, str]) -> None:
+    # A misspelt GATEWAY_KEY would leave the gateway open. Other programs' names may be there too.
+    names = [setting.name for setting in SETTINGS]
+    for name in environ:
+        if name.startswith("GATEWAY_") and name not in names:
+            for meant in difflib.get_close_matches(name, names, n=1, cutoff=0.88):
+                reader.faults.append(f"{name} is no setting; is {meant} meant?")
+
+
+def _token(reader: Reader, name: str) -> str:
+    token = reader.secret(name, required=False)
+    if token and not (token.isascii() and token.isprintable() and " " not in token):
+        reader.faults.append(f"{name} holds blanks, or characters that a header cannot carry")
+    return token
+
+
+def _hosts(reader: Reader) -> tuple[str, ...]:
+    hosts = tuple(host.lower() for host in _list(reader, "GATEWAY_ALLOWED_HOSTS"))
+    for host in hosts:
+        if host != "*" and not _HOST.fullmatch(host):
+            reader.faults.append(
+                f"GATEWAY_ALLOWED_HOSTS: {host} is not a host name such as chat.example.com "
+                "(no scheme, no port, no path)"
+            )
+    return hosts
 
 
 def _origins(reader: Reader) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ class Guard:
         if scope["type"] != "http":
             raise RuntimeError("the gateway speaks HTTP only")
         headers = Headers(scope=scope)
-        refusal = self._refusal(scope["path"], headers)
+        refusal = self._refusal(scope, headers)
         if refusal is not None:
             await error_response(refusal, scope["path"])(scope, receive, send)
             return
@@ -78,12 +78,15 @@ class Guard:
             )
             await error_response(fault, scope["path"])(scope, receive, send)
 
-    def _refusal(self, path: str, headers: Headers) -> RequestError | TooLarge | None:
+    def _refusal(self, scope: Scope, headers: Headers) -> RequestError | TooLarge | None:
+        path = scope["path"]
         host = _name(f"//{headers.get('host', '')}")
-        if host not in self._hosts and "*" not in self._hosts:
+        # The address that was called may be used: a name that was made to point to it is not it.
+        address, _ = scope["server"]
+        if host not in {*self._hosts, address} and "*" not in self._hosts:
             return RequestError(
-                "the gateway is not known under this host name; "
-                "if it should be, add the name to GATEWAY_ALLOWED_HOSTS",
+                "the gateway is not known under this host name or address; "
+                "if it should be, add it to GATEWAY_ALLOWED_HOSTS",
                 status=403,
                 type="forbidden",
                 code="host_not_allowed",
@@ -164,7 +167,7 @@ def not_found(path: str) -> Response:
     """Return the answer for a path that is none of the gateway's."""
     return error_response(
         RequestError(
-            "the gateway has no such path; the OpenAI API is below /v1",
+            "there is no such path, neither here nor at the worker; the OpenAI API is below /v1",
             status=404,
             type="NotFoundError",
             code="not_found",

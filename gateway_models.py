@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from client import AsyncClient
-from errors import SealedError
+from errors import AnswerError, SealedError
 
 log = logging.getLogger("gateway")
 
@@ -50,6 +50,8 @@ class Catalog:
             {"id": name, "object": "model", "created": created, "owned_by": "gateway"}
             for name in names
         ]
+        self.fault: SealedError | None = None
+        """Why the last worker that was asked told nothing."""
         self.worker: dict[str, Any] | None = None
         """What a worker said of itself (SPEC section 8.2), None before one was asked."""
         if not names:
@@ -80,13 +82,22 @@ class Catalog:
         return self._models
 
     async def models(self) -> list[dict[str, Any]]:
-        """Return the models in OpenAI's form; the first time a worker is awake, it is asked."""
+        """Return the models in OpenAI's form; the first time a worker is awake, it is asked.
+
+        None are known while nobody is awake. SealedError where none are known for a reason that a
+        person has to mend.
+        """
         if self.worker is None and self._may_ask():
-            with contextlib.suppress(SealedError):
+            try:
                 if await self.awake():
                     self._start_asking()
+            except SealedError:
+                if not self._models:
+                    raise
         if self._asking and not self._models:
             await asyncio.wait({self._asking}, timeout=PATIENCE_S)
+        if self.fault and not self._models:
+            raise self.fault
         return self._models
 
     def seen_awake(self) -> None:
@@ -117,10 +128,13 @@ class Catalog:
                 self._listed(),
             )
             self.worker, self._models = told, listed
+            self.fault = None
             self._asked_s = time.monotonic()
             self._keep()
-        except (SealedError, msgspec.ValidationError) as error:
-            log.warning("no worker told its models: %s", error)
+        except SealedError as error:
+            self.fault = error
+            # As text, for it is the answer to a question of the gateway's own.
+            log.warning("no worker told its models: %s", str(self.fault))
             # Not again with every request.
             self._asked_s = time.monotonic() - self._ttl_s + PATIENCE_S
         finally:
@@ -135,6 +149,7 @@ class Catalog:
         try:
             self._memory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             written = self._memory.with_suffix(f".{os.getpid()}")
+            written.touch(mode=0o600)
             written.write_bytes(msgspec.json.encode(_Listed(self._models)))
             written.replace(self._memory)
         except OSError as error:
@@ -144,7 +159,10 @@ class Catalog:
         response = await self._client.request(
             "/v1/models", method="GET", stream=False, timeout_s=ASK_TIMEOUT_S
         )
-        return msgspec.convert(response.json(), _Listed).data
+        try:
+            return msgspec.convert(response.json(), _Listed).data
+        except msgspec.ValidationError as error:
+            raise AnswerError(f"the worker's list of models is not one: {error}") from None
 
     async def close(self) -> None:
         """Stop asking."""

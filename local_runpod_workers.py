@@ -65,7 +65,12 @@ class Workers:
 
     def stop(self) -> None:
         """Let the workers finish their jobs and end; at the second call, end them at once."""
-        (self._hurry if self._stop.is_set() else self._stop).set()
+        if self._stop.is_set():
+            log.info("ending the workers at once")
+            self._hurry.set()
+        else:
+            log.info("the workers finish their jobs and end; once more ends them at once")
+            self._stop.set()
 
     async def _keep_running(self, name: str) -> int:
         for restart in range(self.restarts + 1):

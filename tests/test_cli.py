@@ -112,10 +112,21 @@ def test_health_status_cancel(echo: Echo) -> None:
     run(echo.environ, "x")
     job_id = echo.last_job().id
     echo.until_completed(job_id)
-    assert json.loads(run(environ, "status", job_id).out)["status"] == "COMPLETED"
+    status = json.loads(run(environ, "status", job_id).out)
+    assert status["status"] == "COMPLETED"
+    assert "output" not in status  # ciphertext, which no person reads
     assert json.loads(run(environ, "cancel", job_id).out)["id"] == job_id
     unknown = run(environ, "status", "nope")
     assert (unknown.code, unknown.out) == (13, "")
+
+
+def test_a_slip_is_no_prompt(echo: Echo) -> None:
+    before = len(echo.platform.jobs)
+    slip = run(echo.environ, "serv")
+    assert (slip.code, slip.out) == (2, "")
+    assert "'serve' meant" in slip.err
+    assert len(echo.platform.jobs) == before
+    assert run(echo.environ, "ask", "serv").out == "serv\n"
 
 
 def test_keygen() -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx2
 import pytest
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
 from client_config import ClientSettings
 from crypto import generate_key
@@ -18,7 +20,9 @@ from errors import ConfigError, NoWorker
 from gateway import warning
 from gateway_config import GatewaySettings
 from gateway_errors import error_body
+from gateway_guard import Guard
 from gateway_relay import route_of
+from local_runpod_queue import Status
 from protocol import ROUTES
 from tests.echo import Echo
 from tests.gateways import RunningGateway
@@ -276,17 +280,43 @@ class TestLeaving:
             echo.until_hanging(job.id)
         echo.until_cancelled(job.id)
 
-    def test_an_end_of_the_gateway_cancels_what_runs(self, start: Start, echo: Echo) -> None:
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_an_end_of_the_gateway_ends_what_runs_and_says_so(
+        self, start: Start, echo: Echo, stream: bool
+    ) -> None:
         gateway = start()
-        body = chat(stream=True, behaviour="hang")
-        with gateway.http.stream("POST", CHAT, json=body) as answer:
-            next(answer.iter_lines())
+        before = len(echo.platform.jobs)
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(gateway.http.post, CHAT, json=chat(stream=stream, behaviour="hang"))
+            until(lambda: len(echo.platform.jobs) > before, 10, "the job")
             job = echo.last_job()
             echo.until_hanging(job.id)
             gateway.process.send_signal(signal.SIGTERM)
-            assert gateway.process.wait(30) == 0
-        echo.until_cancelled(job.id)
-        assert "Traceback" not in gateway.log
+            answer = asked.result(30)
+        assert gateway.process.wait(30) == 0
+        assert echo.platform.jobs[job.id].status is Status.CANCELLED
+        if stream:
+            told = json.loads(events(answer)[-1].removeprefix("data: "))
+            assert "[DONE]" not in answer.text
+        else:
+            assert answer.status_code == 503
+            assert answer.headers["x-should-retry"] == "false"
+            told = answer.json()
+        assert told["error"]["code"] == "gateway_stopped"
+        assert gateway.log == ""
+
+    def test_an_end_of_the_gateway_lets_what_is_nearly_done_be_done(
+        self, start: Start, echo: Echo
+    ) -> None:
+        gateway = start()
+        before = len(echo.platform.jobs)
+        with ThreadPoolExecutor() as pool, echo.fault("job-stream", delay_s=1.0):
+            asked = pool.submit(gateway.http.post, CHAT, json=chat())
+            until(lambda: len(echo.platform.jobs) > before, 10, "the job")
+            gateway.process.send_signal(signal.SIGTERM)
+            answer = asked.result(30)
+        assert answer.status_code == 200
+        assert gateway.process.wait(30) == 0
 
 
 class TestBrokenStream:
@@ -340,6 +370,27 @@ class TestDoor:
         gateway = start(GATEWAY_ALLOWED_HOSTS="chat.example, other.example")
         for host, status in (("chat.example", 200), ("Other.Example:1", 200), ("evil", 403)):
             assert gateway.http.get("/health", headers={"Host": host}).status_code == status
+
+    async def test_the_address_that_was_called(self) -> None:
+        async def served(scope: Scope, receive: Receive, send: Send) -> None:
+            await PlainTextResponse("in")(scope, receive, send)
+
+        guard = Guard(
+            served,
+            hosts=(),
+            origins=(),
+            key="",
+            max_body_bytes=1,
+            open_paths=(),
+            own_doors=(),
+        )
+        transport = httpx2.ASGITransport(app=guard)
+        async with httpx2.AsyncClient(
+            transport=transport, base_url="http://192.0.2.7:8000"
+        ) as client:
+            assert (await client.get("/")).status_code == 200
+            for host in ("192.0.2.8", "rebound.example", "192.0.2.7.example"):
+                assert (await client.get("/", headers={"Host": host})).status_code == 403
 
     def test_no_web_page_of_another_site(self, gateway: RunningGateway, echo: Echo) -> None:
         before = len(echo.platform.jobs)
@@ -433,7 +484,21 @@ class TestTelling:
             assert gateway.http.get("/v1/models").json()["data"] == [{"id": "echo"}]
         kept.write_text("{")
         with RunningGateway(asleep, tmp_path / "third") as gateway:
-            assert gateway.http.get("/v1/models").json()["data"] == []
+            answer = gateway.http.get("/v1/models")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (502, "unreachable")
+        # Another key is another deployment.
+        for path, address in (("fourth", asleep), ("fifth", {**echo.environ, **state})):
+            other = {**address, "ENCRYPTION_KEY": generate_key()}
+            with RunningGateway(other, tmp_path / path) as gateway:
+                assert gateway.http.get("/v1/models").status_code != 200
+
+    def test_a_wrong_key_is_told_at_once(self, start: Start) -> None:
+        gateway = start(ENCRYPTION_KEY=generate_key())
+        assert "awake, but: " in gateway.banner
+        assert "ENCRYPTION_KEY" in gateway.banner
+        assert "while no worker is awake" not in gateway.banner
+        answer = gateway.http.get("/v1/models")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "rejected")
 
     def test_ready_needs_a_platform(self, start: Start) -> None:
         gateway = start(RUNPOD_API_BASE="http://127.0.0.1:9/v2")
@@ -494,6 +559,28 @@ class TestSettings:
             assert (name in told) == (name != "RUNPOD_ENDPOINT_ID"), name
         assert "secret-text" not in told
         assert "chmod 600" in told
+
+    @pytest.mark.parametrize(
+        ("settings", "told"),
+        [
+            ({"GATEWAY_KEYS": "x"}, "is GATEWAY_KEY meant"),
+            ({"GATEWAY_KEY": "a b"}, "GATEWAY_KEY holds blanks"),
+            ({"GATEWAY_KEY": "same", "GATEWAY_ADMIN_TOKEN": "same"}, "are the same"),
+            ({"GATEWAY_ALLOWED_HOSTS": "https://a.example/"}, "https://a.example/ is not a host"),
+            ({"GATEWAY_ALLOWED_HOSTS": "a.example:80"}, "a.example:80 is not a host"),
+        ],
+    )
+    def test_what_would_not_do_what_it_seems_to(
+        self, echo: Echo, settings: dict[str, str], told: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=told):
+            GatewaySettings.from_environ({**echo.environ, **settings})
+
+    def test_what_looks_odd_and_is_right(self, echo: Echo) -> None:
+        hosts = "*, chat.example, localhost, 192.0.2.7, ::1, fe80::1, a-b.example"
+        settings = {"GATEWAY_ALLOWED_HOSTS": hosts, "GATEWAY_URL": "of another program"}
+        read = GatewaySettings.from_environ({**echo.environ, **settings})
+        assert read.allowed_hosts == tuple(hosts.split(", "))
 
     def test_a_port_that_is_taken(
         self, gateway: RunningGateway, echo: Echo, tmp_path: Path

@@ -14,7 +14,7 @@ from tests.gateways import RunningGateway
 from tests.wait import until
 
 SAID = "why is the sky blue at noon"
-TOKEN = "the admin's own"
+TOKEN = "the-admin's-own"
 KEY = "everybody's"
 
 

@@ -122,7 +122,12 @@ def measure(model: str, rounds: int, tokens: int) -> dict[str, float]:
         }
         with (
             started("rp_handler.py", worker, "gateway-worker.log"),
-            started("gateway.py", {**client, "GATEWAY_PORT": "0"}, "gateway.log") as gateway,
+            started(
+                "gateway.py",
+                {**client, "GATEWAY_PORT": "0"},
+                "gateway.log",
+                stdout=subprocess.PIPE,  # nothing but its banner
+            ) as gateway,
         ):
             assert gateway.stdout
             url = gateway.stdout.readline().split()[-1].removesuffix("/v1")
@@ -206,14 +211,16 @@ def table(figures: dict[str, float]) -> list[str]:
 
 
 @contextmanager
-def started(program: str, settings: dict[str, str], log: str) -> Iterator[subprocess.Popen[str]]:
-    """Run a program of this project with these settings."""
-    with (FOLDER / log).open("w") as errors:
+def started(
+    program: str, settings: dict[str, str], log: str, *, stdout: int | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """Run a program of this project with these settings; what it prints goes to its log."""
+    with (FOLDER / log).open("w") as file:
         process = subprocess.Popen(
             [sys.executable, str(HERE / program)],
             env={**os.environ, **settings},
-            stdout=subprocess.PIPE,
-            stderr=errors,
+            stdout=file if stdout is None else stdout,
+            stderr=file,
             text=True,
         )
         try:

@@ -71,6 +71,7 @@ GROUPS = {
         "gateway_config",
         "gateway_guard",
         "gateway_relay",
+        "gateway_reply",
         "gateway_body",
         "gateway_errors",
         "gateway_models",
