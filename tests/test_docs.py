@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningWorker]:
     tiny_models.make_tiny_llama(MODEL)
     # A model without sense would fill an object with white space until its last token.
     grammar = {"backend": "xgrammar", "disable_any_whitespace": True}
-    settings = {
+    settings: dict[str, Any] = {
         "ALLOW_PLAINTEXT": "true",
         "STRUCTURED_OUTPUTS_CONFIG": json.dumps(grammar),
     }

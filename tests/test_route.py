@@ -35,7 +35,7 @@ from errors import (
     Unreachable,
     WrongApiKey,
 )
-from gateway_relay import HEAD_WAIT_S
+from gateway_reply import HEAD_WAIT_S
 from local_runpod_queue import Status
 from tests.echo import Echo
 from tests.gateways import RunningGateway
