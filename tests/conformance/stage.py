@@ -28,7 +28,7 @@ from tests.workers import ROOT, RunningWorker
 from tools.demo_search import pieces
 
 SERVED = "sealed-model"
-LOCAL_KEY = "a key of this machine alone"
+LOCAL_KEY = "a-local-key"
 SCRIPTS = Path(__file__).parent / "scripts"
 CLIENTS = ROOT / ".clients"
 SCRIPT_TIMEOUT_S = 240
