@@ -122,9 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = ["ask", *arguments]
     for stream in (sys.stdout, sys.stderr):
         _tolerate(stream)
-    # Whoever ends this process wants the job ended too: the same way as Ctrl-C.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes it
+            signal.signal(number, _interrupt)
     args = parser.parse_args(arguments)
     screen = Screen(verbose=getattr(args, "verbose", False))
     try:
@@ -142,6 +142,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SealedError as error:
         screen.note(f"error: {error}")
         return error.exit_code
+
+
+def _interrupt(*_: object) -> None:
+    """Whoever ends this process wants the job ended too: the same way as Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell makes it in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.raise_signal(signal.SIGINT)
 
 
 def _check_misspelt(

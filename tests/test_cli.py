@@ -238,6 +238,26 @@ def test_an_interrupt_cancels_the_job(echo: Echo, number: int, more: list[str]) 
     echo.until_cancelled(job_id)
 
 
+def test_an_end_in_a_scripts_background_cancels_the_job(echo: Echo) -> None:
+    seen = len(echo.noted("hanging"))
+    # A shell has its background ignore interrupts, and nohup hang-ups.
+    ignored = (signal.SIGINT, signal.SIGHUP)
+    handlers = [signal.signal(number, signal.SIG_IGN) for number in ignored]
+    try:
+        process = start(echo.environ, "-o", "behaviour", "hang", "one two three four")
+    finally:
+        for number, handler in zip(ignored, handlers, strict=True):
+            signal.signal(number, handler)
+    job_id = until(lambda: echo.noted("hanging")[seen:], 20)[0]
+    for number in (*ignored, signal.SIGTERM):
+        assert process.poll() is None
+        process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err == "interrupted\n"
+    echo.until_cancelled(job_id)
+
+
 def test_an_interrupt_while_the_job_is_submitted_cancels_it(echo: Echo) -> None:
     with echo.fault("run", when="after", delay_s=1.0):
         seen = len(echo.platform.jobs)
