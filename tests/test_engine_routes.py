@@ -17,9 +17,7 @@ import pytest_asyncio
 
 from errors import EngineDead, RequestError
 from protocol import GENERATE
-from tests.conformance.reference import (
-    WEATHER,
-)
+from tests.conformance.reference import WEATHER
 from tests.engines import (
     CHAT,
     TINY,

@@ -111,33 +111,32 @@ def count_tokens() -> Facts:
     return {"asked": body, "tokens": CLIENT.messages.count_tokens(**body).input_tokens}
 
 
-@scenario
-def unknown_model() -> Facts:
+def refused(
+    kind: type[anthropic.APIError], body: Facts, client: anthropic.Anthropic = CLIENT
+) -> Facts:
+    """Return what the error tells with which a message ends."""
     try:
-        CLIENT.messages.create(**asked("unknown_model", model="nobody"))
-    except anthropic.NotFoundError as error:
+        client.messages.create(**body)
+    except kind as error:
         return raised(error)
     return {"error": None}
+
+
+@scenario
+def unknown_model() -> Facts:
+    return refused(anthropic.NotFoundError, asked("unknown_model", model="nobody"))
 
 
 @scenario
 def too_long() -> Facts:
     body = asked("too_long", messages=[{"role": "user", "content": prompt("too_long") * 400}])
-    try:
-        CLIENT.messages.create(**body)
-    except anthropic.BadRequestError as error:
-        return raised(error)
-    return {"error": None}
+    return refused(anthropic.BadRequestError, body)
 
 
 @scenario
 def wrong_key() -> Facts:
     client = anthropic.Anthropic(base_url=ROOT_URL, api_key="wrong")
-    try:
-        client.messages.create(**asked("wrong_key"))
-    except anthropic.AuthenticationError as error:
-        return raised(error)
-    return {"error": None}
+    return refused(anthropic.AuthenticationError, asked("wrong_key"), client)
 
 
 @scenario

@@ -47,6 +47,17 @@ def prompt(name: str, text: str = "Tell me about the sea.") -> str:
     return f"My name is tourmaline-{CLIENT}-{name}. {text}"
 
 
+def asked(name: str, **options: Any) -> Facts:
+    """Return the body of a chat completion."""
+    return {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": prompt(name)}],
+        "temperature": 0,
+        "max_tokens": 40,
+        **options,
+    }
+
+
 def said(name: str, number: int) -> str:
     """Return what the model is made to say to one of many at once."""
     return f"Number {number} of {CLIENT} {name} says {number * number}."

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import instructor
 import openai
-from harness import API_KEY, BASE_URL, MODEL, Facts, main, prompt, scenario
+from harness import API_KEY, BASE_URL, Facts, asked, main, scenario
 from pydantic import BaseModel
 
 
@@ -20,27 +20,22 @@ def client(mode: instructor.Mode) -> instructor.Instructor:
     return instructor.from_openai(openai.OpenAI(base_url=BASE_URL, api_key=API_KEY), mode=mode)
 
 
-def asked(name: str, **options: Any) -> Facts:
-    """Return the arguments of a call."""
-    return {
-        "model": MODEL,
-        "messages": [{"role": "user", "content": prompt(name)}],
-        "temperature": 0,
-        "max_tokens": 150,
-        "max_retries": 0,
-        **options,
-    }
+def asked_once(name: str, **options: Any) -> Facts:
+    """Return the arguments of a call that is not repeated."""
+    return asked(name, **{"max_tokens": 150, "max_retries": 0, **options})
 
 
 @scenario
 def by_schema() -> Facts:
-    found = client(instructor.Mode.JSON_SCHEMA).create(**asked("by_schema"), response_model=Weather)
+    found = client(instructor.Mode.JSON_SCHEMA).create(
+        **asked_once("by_schema"), response_model=Weather
+    )
     return {"parsed": found.model_dump()}
 
 
 @scenario
 def by_tool() -> Facts:
-    found = client(instructor.Mode.TOOLS).create(**asked("by_tool"), response_model=Weather)
+    found = client(instructor.Mode.TOOLS).create(**asked_once("by_tool"), response_model=Weather)
     return {"parsed": found.model_dump()}
 
 
@@ -48,7 +43,7 @@ def by_tool() -> Facts:
 def partial() -> Facts:
     """The model grows while the answer is streamed."""
     steps = client(instructor.Mode.JSON_SCHEMA).create_partial(
-        **asked("partial"), response_model=Weather
+        **asked_once("partial"), response_model=Weather
     )
     seen = [step.model_dump() for step in steps]
     return {"chunks": len(seen), "parsed": seen[-1]}
@@ -58,7 +53,7 @@ def partial() -> Facts:
 def unknown_model() -> Facts:
     try:
         client(instructor.Mode.JSON_SCHEMA).create(
-            **asked("unknown_model", model="nobody"), response_model=Weather
+            **asked_once("unknown_model", model="nobody"), response_model=Weather
         )
     except Exception as error:
         # Its own exception, around that of the SDK.

@@ -12,21 +12,10 @@ import json
 from typing import Any
 
 import aiohttp
-from harness import API_KEY, BASE_URL, MODEL, Facts, main, prompt, scenario
+from harness import API_KEY, BASE_URL, MODEL, Facts, asked, main, prompt, scenario
 
 HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {API_KEY}"}
 MODELS_TIMEOUT_S = 10
-
-
-def asked(name: str, **options: Any) -> Facts:
-    """Return the body of a chat."""
-    return {
-        "model": MODEL,
-        "messages": [{"role": "user", "content": prompt(name)}],
-        "temperature": 0,
-        "max_tokens": 40,
-        **options,
-    }
 
 
 def streamed(name: str, **options: Any) -> Facts:

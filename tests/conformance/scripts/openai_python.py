@@ -5,7 +5,19 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import openai
-from harness import API_KEY, BASE_URL, MANY, MODEL, SCHEMA, Facts, main, prompt, said, scenario
+from harness import (
+    API_KEY,
+    BASE_URL,
+    MANY,
+    MODEL,
+    SCHEMA,
+    Facts,
+    asked,
+    main,
+    prompt,
+    said,
+    scenario,
+)
 from pydantic import BaseModel
 
 CLIENT = openai.OpenAI(base_url=BASE_URL, api_key=API_KEY)
@@ -19,17 +31,6 @@ TOOLS: Facts = {
 class Weather(BaseModel):
     city: Literal["Paris", "Rome"]
     warm: bool
-
-
-def asked(name: str, **options: Any) -> Facts:
-    """Return the arguments of a chat completion."""
-    return {
-        "model": MODEL,
-        "messages": [{"role": "user", "content": prompt(name)}],
-        "temperature": 0,
-        "max_tokens": 40,
-        **options,
-    }
 
 
 def facts_of(completion: Any) -> Facts:
@@ -244,45 +245,36 @@ def responses_streamed() -> Facts:
     }
 
 
-@scenario
-def unknown_model() -> Facts:
+def refused(kind: type[openai.APIError], body: Facts, client: openai.OpenAI = CLIENT) -> Facts:
+    """Return what the error tells with which a chat completion ends."""
     try:
-        CLIENT.chat.completions.create(**asked("unknown_model", model="nobody"))
-    except openai.NotFoundError as error:
+        client.chat.completions.create(**body)
+    except kind as error:
         return raised(error)
     return {"error": None}
+
+
+@scenario
+def unknown_model() -> Facts:
+    return refused(openai.NotFoundError, asked("unknown_model", model="nobody"))
 
 
 @scenario
 def unknown_model_streamed() -> Facts:
-    try:
-        CLIENT.chat.completions.create(
-            **asked("unknown_model_streamed", model="nobody", stream=True)
-        )
-    except openai.NotFoundError as error:
-        return raised(error)
-    return {"error": None}
+    body = asked("unknown_model_streamed", model="nobody", stream=True)
+    return refused(openai.NotFoundError, body)
 
 
 @scenario
 def too_long() -> Facts:
     body = asked("too_long", messages=[{"role": "user", "content": prompt("too_long") * 400}])
-    try:
-        CLIENT.chat.completions.create(**body)
-    except openai.BadRequestError as error:
-        return raised(error)
-    return {"error": None}
+    return refused(openai.BadRequestError, body)
 
 
 @scenario
 def wrong_key() -> Facts:
-    try:
-        openai.OpenAI(base_url=BASE_URL, api_key="wrong").chat.completions.create(
-            **asked("wrong_key")
-        )
-    except openai.AuthenticationError as error:
-        return raised(error)
-    return {"error": None}
+    client = openai.OpenAI(base_url=BASE_URL, api_key="wrong")
+    return refused(openai.AuthenticationError, asked("wrong_key"), client)
 
 
 @scenario
