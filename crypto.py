@@ -168,6 +168,10 @@ class Key(KeyId):
         """The Fernet of the key itself, for the simple form only (SPEC section 9)."""
         return self._simple
 
+    def local_secret(self, use: str) -> bytes:
+        """Return 32 bytes for a `use` of the worker's own, none of which travels (section 2)."""
+        return _hkdf(self._secret, f"{_LABEL}local {use}")
+
     def __repr__(self) -> str:
         return f"Key(id={self.id!r}, name={self.name!r})"
 

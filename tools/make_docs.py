@@ -41,6 +41,9 @@ GROUPS = {
         "model_cache",
         "model_files",
         "hub_download",
+        "compile_cache",
+        "compile_archive",
+        "compile_key",
     ),
     "Both sides": ("protocol", "frames", "crypto", "errors"),
     "The client": (
