@@ -41,12 +41,23 @@ class Settings:
     clock_skew_s: int = DEFAULT_CLOCK_SKEW_S
     stream_interval_ms: int = 0
     endpoint_id: str = ""
+    worker_id: str = ""
     engine_options: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def hub_cache(self) -> Path:
         """The Hub's cache, below `hf_home`."""
         return self.hf_home / "hub"
+
+    @property
+    def own_folder(self) -> Path:
+        """What the worker itself keeps on the volume, beside the Hub's cache."""
+        return self.hf_home / "sealed-vllm"
+
+    @property
+    def records(self) -> Path:
+        """The records of past starts."""
+        return self.own_folder / "starts"
 
 
 def _text(text: str) -> str:
@@ -188,6 +199,13 @@ SETTINGS = (
         _text,
         "set by RunPod",
         "the endpoint that requests must be meant for",
+    ),
+    Setting(
+        "RUNPOD_POD_ID",
+        "worker_id",
+        _text,
+        "set by RunPod",
+        "the worker's name in the records of starts",
     ),
 )
 

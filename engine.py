@@ -14,7 +14,7 @@ import gc
 import itertools
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -53,6 +53,9 @@ handler's work per token falls as the load rises. The first token is never held 
 
 MAX_STREAM_INTERVAL = 64
 
+
+Timed = Callable[[str], contextlib.AbstractContextManager[Any]]
+"""Times a phase by its name."""
 
 Batch = tuple[list[AnswerEvent], bool]
 """Events, and whether they are the last."""
@@ -247,8 +250,22 @@ class Engine:
             "routes": list(self.routes),
         }
 
-    async def start(self) -> None:
-        """Build vLLM's application inside the running loop and answer one token as proof."""
+    async def start(self, timed: Timed = contextlib.nullcontext) -> None:
+        """Build vLLM's application inside the running loop and answer one token as proof.
+
+        `timed` times the phases `application` and `first generation`.
+        """
+        with timed("application"):
+            await self._build()
+        with timed("first generation"):
+            # In a task of its own: its context must not stand for requests made after it.
+            await asyncio.create_task(self._prove())
+        self._background.append(asyncio.create_task(self._watch_load()))
+        # What start-up leaves behind is not garbage; keep the collector from walking it.
+        gc.collect()
+        gc.freeze()
+
+    async def _build(self) -> None:
         self.tasks = await self.llm.get_supported_tasks()
         self.app = build_app(self.args, self.tasks, self.llm.model_config)
         await init_app_state(self.llm, self.app.state, self.args, self.tasks)
@@ -257,12 +274,6 @@ class Engine:
         )  # what vLLM tells of a dead engine
         present = {getattr(route, "path", "") for route in self.app.routes}
         self.routes = tuple(route for route in ROUTES if route in present)
-        # In a task of its own: its context must not stand for requests made after it.
-        await asyncio.create_task(self._prove())
-        self._background.append(asyncio.create_task(self._watch_load()))
-        # What start-up leaves behind is not garbage; keep the collector from walking it.
-        gc.collect()
-        gc.freeze()
 
     def run(self, call: Call, cache_salt: str) -> Run:
         """Begin one call; requests with different salts share no prefix cache."""

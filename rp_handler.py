@@ -1,10 +1,11 @@
-"""The worker: boot (settings, model, engine, job loop) and the handler.
+"""The worker: its life (boot, job loop, end) and the handler.
 
     job → its input's form → opened → engine → events → sealed → yielded
 
 Owns that order, the one place where errors become chunks, and the log line of
-each job. What runs in vLLM's child processes imports this file too, so vllm,
-torch and runpod are imported in `main` only.
+each job; how an engine comes to be is boot.py's. What runs in vLLM's child
+processes imports this file too, so vllm, torch and runpod are imported in
+functions only.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ import psutil
 
 import config
 import log_guard
-import utils
+from boot import Booted, boot
 from config import Settings
 from crypto import CELL_PAYLOAD_BYTES, KeyRing, ReplayGuard, RequestOpener, open_simple
 from errors import ConfigError, EngineDead, ModelError, Rejected, RequestError
@@ -296,7 +297,7 @@ def _is_end(batch: list[AnswerEvent]) -> bool:
     return bool(batch) and isinstance(batch[-1], End)
 
 
-# --- boot -----------------------------------------------------------------------------------
+# --- life -----------------------------------------------------------------------------------
 
 
 def main() -> int:
@@ -307,62 +308,24 @@ def main() -> int:
     config.prepare_libraries(environ, here / "vllm_logging.json")
     log_guard.install()
     try:
-        handler, engine = boot(config.take_secrets(environ))
+        return serve(boot(config.take_secrets(environ)))
     except (ConfigError, ModelError) as error:
         log.error("the worker cannot start:\n%s", str(error))
         return 1
-    try:
-        return serve(handler, engine)
-    except ConfigError as error:
-        log.error("the worker cannot start:\n%s", str(error))
-        return 1
 
 
-def boot(environ: Mapping[str, str]) -> tuple[Handler, "Engine"]:
-    """Return a loaded engine and its handler; ConfigError or ModelError with every fault."""
-    from engine import Engine
-    from engine_options import EngineOptions
-
-    options = EngineOptions()
-    settings, faults = config.read(environ, options.names())
-    faults += options.faults(settings.engine_options)
-    keys = None
-    if settings.encryption_key:
-        try:
-            keys = KeyRing.parse(settings.encryption_key)
-        except ConfigError as error:
-            faults += error.faults
-    if faults or keys is None:
-        raise ConfigError(faults)
-    config.prepare_hub(config.environment(), settings)
-    snapshots = [
-        utils.resolve(
-            model,
-            hub_cache=settings.hub_cache,
-            model_path=settings.model_path if number == 0 else None,
-            token=settings.hf_token,
-            endpoint=settings.hf_endpoint,
-            offline=settings.offline,
-        )
-        for number, model in enumerate(settings.models)
-    ]
-    served = list(settings.served_model_name) or [snapshots[0].name]
-    engine = Engine(
-        str(snapshots[0].path), served, settings.engine_options, settings.gpu_memory_utilization
-    )
-    for key in keys:
-        log.info("key %s%s", key.id, f" ({key.name})" if key.name else "")
-    return Handler(settings, keys, engine), engine
-
-
-def serve(handler: Handler, engine: "Engine") -> int:
+def serve(booted: Booted) -> int:
     """Take jobs by the SDK until SIGTERM (0) or until the engine has died (1)."""
-    import job_loop
+    engine, readiness = booted.engine, booted.readiness
+    handler = Handler(booted.settings, booted.keys, engine)
+    with readiness.phase("sdk"):
+        import job_loop
 
     @contextlib.asynccontextmanager
     async def lifespan() -> AsyncIterator[None]:
         log_guard.guard_exceptions()  # the SDK has put its own hook in place by now
-        await engine.start()
+        await engine.start(readiness.phase)
+        booted.ready()
         log.info("ready: %s, %s", ", ".join(engine.served_model_names), ", ".join(engine.tasks))
         yield
         await handler.drain()

@@ -12,12 +12,14 @@ the Hub. A complete model in any of the first four is used without a single netw
 and its other settings when it is first imported.
 """
 
+import contextlib
 import logging
 import os
 import random
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,12 +47,16 @@ from model_cache import (
 )
 from model_files import check, check_file, human_size, listed, listing, select_files, size_of
 
-__all__ = ["RUNPOD_CACHE", "Patience", "Snapshot", "Source", "resolve"]
+__all__ = ["RUNPOD_CACHE", "Patience", "Snapshot", "Source", "Timed", "resolve"]
 
 RUNPOD_CACHE = Path("/runpod-volume/huggingface-cache/hub")
 """Where RunPod places the models of its cached-model feature, in the layout of the Hub's cache."""
 
 Source = Literal["MODEL_PATH", "folder", "cache", "runpod cache", "hub"]
+
+Timed = Callable[[str], AbstractContextManager[dict[str, int | float | str]]]
+"""Times a phase by its name: `resolve`, and in it `verify` and `download`, whose bytes and rate go
+into the mapping that it gives."""
 
 _WORTH_RETRYING = ("network", "busy", "stalled", "died", "incomplete")
 
@@ -71,6 +77,11 @@ class Snapshot:
     bytes: int
 
 
+@contextlib.contextmanager
+def _untimed(_: str) -> Iterator[dict[str, int | float | str]]:
+    yield {}
+
+
 @dataclass(frozen=True)
 class _Hub:
     cache: Path
@@ -78,6 +89,7 @@ class _Hub:
     endpoint: str | None
     patience: Patience
     log: logging.Logger
+    timed: Timed
 
     def page(self, repo: Repo) -> str:
         return f"{(self.endpoint or HUB).rstrip('/')}/{repo.id}"
@@ -94,6 +106,7 @@ def resolve(
     offline: bool = False,
     patience: Patience | None = None,
     log: logging.Logger | None = None,
+    timed: Timed = _untimed,
 ) -> Snapshot:
     """Return the complete snapshot of `model`, downloading or repairing it where that is needed.
 
@@ -103,14 +116,15 @@ def resolve(
     Raises ModelNotFound, ModelGated, ModelOffline, ModelIncomplete, DiskFull or ModelError.
     """
     log = log or logging.getLogger(__name__)
-    hub = _Hub(hub_cache, token, endpoint, patience or Patience(), log)
-    if model_path is not None:
-        name = _folder_name(model) if _is_local(model) else Repo.parse(model).id
-        snapshot = _from_folder(model_path, name, "MODEL_PATH")
-    elif _is_local(model):
-        snapshot = _from_folder(Path(model), _folder_name(model), "folder")
-    else:
-        snapshot = _from_hub_or_cache(Repo.parse(model), runpod_cache, hub, offline)
+    hub = _Hub(hub_cache, token, endpoint, patience or Patience(), log, timed)
+    with timed("resolve"):
+        if model_path is not None:
+            name = _folder_name(model) if _is_local(model) else Repo.parse(model).id
+            snapshot = _from_folder(model_path, name, "MODEL_PATH", timed)
+        elif _is_local(model):
+            snapshot = _from_folder(Path(model), _folder_name(model), "folder", timed)
+        else:
+            snapshot = _from_hub_or_cache(Repo.parse(model), runpod_cache, hub, offline)
     log.info(
         "%s: complete, %s, from %s: %s",
         snapshot.name,
@@ -130,7 +144,7 @@ def _folder_name(model: str) -> str:
     return Path(model).expanduser().absolute().name
 
 
-def _from_folder(path: Path, name: str, source: Source) -> Snapshot:
+def _from_folder(path: Path, name: str, source: Source, timed: Timed) -> Snapshot:
     path = path.expanduser()
     if not path.exists():
         raise ModelNotFound(
@@ -142,12 +156,13 @@ def _from_folder(path: Path, name: str, source: Source) -> Snapshot:
         # The repository's folder in a cache of the Hub, one level above the model's files.
         revision = read_ref(path, "main") or next(iter(snapshots(path)), None)
         path = path / "snapshots" / (revision or "")
-    if path.is_file():
-        faults = check_file(path)
-        total = size_of(path) or 0
-    else:
-        faults = check(path)
-        total = _total(path, select_files(listing(path)))
+    with timed("verify"):
+        if path.is_file():
+            faults = check_file(path)
+            total = size_of(path) or 0
+        else:
+            faults = check(path)
+            total = _total(path, select_files(listing(path)))
     if faults:
         raise ModelIncomplete(
             f"the model in {path} is incomplete: {listed(faults)}; copy these files again, "
@@ -170,7 +185,8 @@ def _from_hub_or_cache(repo: Repo, runpod_cache: Path, hub: _Hub, offline: bool)
     places: list[tuple[Path, Source]] = [(hub.cache, "cache"), (runpod_cache, "runpod cache")]
     partial: Cached | None = None
     for cache, source in places:
-        cached = look_up(repo, cache)
+        with hub.timed("verify"):
+            cached = look_up(repo, cache)
         if cached is None:
             continue
         if not cached.faults:
@@ -185,7 +201,14 @@ def _from_hub_or_cache(repo: Repo, runpod_cache: Path, hub: _Hub, offline: bool)
                 "that the model can be downloaded, or put the model on the volume beforehand"
             )
         mine = partial if partial is not None and partial.cache == hub.cache else None
-        return _snapshot(_download(repo, mine, hub), repo, "hub")
+        had_bytes = _snapshot(mine, repo, "hub").bytes if mine else 0
+        with hub.timed("download") as facts:
+            began = time.perf_counter()
+            snapshot = _snapshot(_download(repo, mine, hub), repo, "hub")
+            got_bytes = max(0, snapshot.bytes - had_bytes)
+            facts["bytes"] = got_bytes
+            facts["MB_per_s"] = round(got_bytes / 1e6 / (time.perf_counter() - began), 1)
+        return snapshot
     except ModelOffline as error:
         for cache, source in places:
             only = only_snapshot(repo, cache)

@@ -63,6 +63,7 @@ def test_what_must_be_set_is_missed_all_at_once() -> None:
         ("CLOCK_SKEW_S", "0", "clock_skew_s", 0),
         ("STREAM_INTERVAL_MS", "100", "stream_interval_ms", 100),
         ("RUNPOD_ENDPOINT_ID", "other", "endpoint_id", "other"),
+        ("RUNPOD_POD_ID", "pod-1", "worker_id", "pod-1"),
     ],
 )
 def test_a_setting_is_read(name: str, text: str, attribute: str, value: Any) -> None:

@@ -26,6 +26,10 @@ README = ROOT / "README.md"
 GROUPS = {
     "The worker": (
         "rp_handler",
+        "boot",
+        "preparation",
+        "readiness",
+        "engine_phases",
         "job_loop",
         "replies",
         "pacing",

@@ -1,0 +1,116 @@
+"""From the environment to a loaded engine, as fast as the machine allows.
+
+    own settings → preparation (a process: models on disk) ┐
+                   vLLM imported, its options checked      ├→ the engine
+                   the SDK imported                        ┘
+
+Owns that order, the record of where the time went, and that every fault is told at once. The
+handler and the job loop are rp_handler.py's.
+"""
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import config
+import engine_phases
+from config import Settings
+from crypto import KeyRing
+from errors import ConfigError
+from preparation import Job, Preparation
+from readiness import Readiness
+
+if TYPE_CHECKING:
+    from engine import Engine
+    from engine_options import EngineOptions
+
+log = logging.getLogger("worker")
+
+
+@dataclass
+class Booted:
+    """What a start has brought: everything that a handler needs."""
+
+    settings: Settings
+    keys: KeyRing
+    engine: "Engine"
+    readiness: Readiness
+    preparation: Preparation
+
+    def ready(self) -> None:
+        """Tell and keep the record of this start; the worker takes jobs from now on."""
+        self.preparation.finish()
+        readiness = self.readiness
+        readiness.about["vllm"] = self.engine.about()["vllm"]
+        log.info("%s", readiness.table())
+        log.info("start=%s", readiness.line())
+        try:
+            readiness.keep(self.settings.records, self.settings.worker_id)
+        except OSError as error:
+            log.warning("the record of this start is not kept: %s", error.strerror)
+
+
+def boot(environ: Mapping[str, str]) -> Booted:
+    """Return a loaded engine and what belongs to it; ConfigError or ModelError with every fault."""
+    readiness = Readiness()
+    # vLLM's options are not known before its import; its own settings are enough to begin.
+    early, _ = config.read(environ, ())
+    config.prepare_hub(config.environment(), early)
+    preparation = _prepare(early, readiness)
+    with tempfile.NamedTemporaryFile(prefix="sealed-vllm-start-") as phases:
+        config.environment()[engine_phases.VARIABLE] = phases.name
+        with readiness.phase("imports"):
+            from engine import Engine
+            from engine_options import EngineOptions
+        settings, keys = _checked(environ, EngineOptions())
+        snapshots = preparation.snapshots()
+        served = list(settings.served_model_name) or [snapshots[0].name]
+        with readiness.phase("engine core"):
+            engine = Engine(
+                str(snapshots[0].path),
+                served,
+                settings.engine_options,
+                settings.gpu_memory_utilization,
+            )
+        for name, (began_at, ended_at) in engine_phases.noted(Path(phases.name)).items():
+            readiness.add(name, began_at, ended_at)
+    readiness.about |= {
+        "model": snapshots[0].name,
+        "revision": snapshots[0].revision,
+        "source": snapshots[0].source,
+        "bytes": snapshots[0].bytes,
+    }
+    for key in keys:
+        log.info("key %s%s", key.id, f" ({key.name})" if key.name else "")
+    return Booted(settings, keys, engine, readiness, preparation)
+
+
+def _prepare(settings: Settings, readiness: Readiness) -> Preparation:
+    return Preparation(
+        Job(
+            models=settings.models,
+            hub_cache=str(settings.hub_cache),
+            model_path=str(settings.model_path) if settings.model_path else None,
+            token=settings.hf_token,
+            endpoint=settings.hf_endpoint,
+            offline=settings.offline,
+        ),
+        readiness,
+    )
+
+
+def _checked(environ: Mapping[str, str], options: "EngineOptions") -> tuple[Settings, KeyRing]:
+    """Return the settings and the keys, or raise ConfigError with every fault of both."""
+    settings, faults = config.read(environ, options.names())
+    faults += options.faults(settings.engine_options)
+    if settings.encryption_key:
+        try:
+            keys = KeyRing.parse(settings.encryption_key)
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+    return settings, keys
