@@ -10,7 +10,7 @@ import ctypes
 import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +229,26 @@ def read(
     `engine_options`, checked elsewhere. No value is ever quoted.
     """
     options = frozenset(option_names) - {setting.name for setting in SETTINGS}
+    settings, faults = read_for_models(environ, volume)
+    engine_options = {
+        name: environ[name].strip() for name in sorted(options) if environ.get(name, "").strip()
+    }
+    settings = replace(settings, engine_options=engine_options)
+    if not settings.models:
+        faults.append("MODELS is not set: name a model of the Hub, such as org/name, or a folder")
+    if not settings.encryption_key:
+        faults.append(
+            "ENCRYPTION_KEY is not set: make one with `client.py keygen`, the client needs the same"
+        )
+    if not settings.endpoint_id:
+        faults.append("RUNPOD_ENDPOINT_ID is not set: RunPod and local_runpod.py set it")
+    return settings, faults + _misspelt(environ, options)
+
+
+def read_for_models(
+    environ: Mapping[str, str], volume: Path = VOLUME
+) -> tuple[Settings, list[str]]:
+    """Return the settings for work on models alone: nothing is required, vLLM's are left out."""
     values: dict[str, Any] = {}
     faults: list[str] = []
     for setting in SETTINGS:
@@ -240,19 +260,7 @@ def read(
         except ValueError as error:
             faults.append(f"{setting.name} {error}")
     values.setdefault("hf_home", default_hf_home(environ, volume))
-    values["engine_options"] = {
-        name: environ[name].strip() for name in sorted(options) if environ.get(name, "").strip()
-    }
-    settings = Settings(**values)
-    if not settings.models:
-        faults.append("MODELS is not set: name a model of the Hub, such as org/name, or a folder")
-    if not settings.encryption_key:
-        faults.append(
-            "ENCRYPTION_KEY is not set: make one with `client.py keygen`, the client needs the same"
-        )
-    if not settings.endpoint_id:
-        faults.append("RUNPOD_ENDPOINT_ID is not set: RunPod and local_runpod.py set it")
-    return settings, faults + _misspelt(environ, options)
+    return Settings(**values), faults
 
 
 def default_hf_home(environ: Mapping[str, str], volume: Path = VOLUME) -> Path:

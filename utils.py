@@ -17,6 +17,7 @@ import logging
 import os
 import random
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -361,3 +362,10 @@ def _plain(text: str, token: str | None) -> str:
     if token:
         text = text.replace(token, "***")
     return re.sub(r"\?[^\s'\"]+", "?…", " ".join(text.split()))[:300]
+
+
+if __name__ == "__main__":
+    # Imported here only: the command imports this module.
+    from model_commands import main
+
+    sys.exit(main())

@@ -42,6 +42,7 @@ GROUPS = {
         "chat",
         "asgi",
         "utils",
+        "model_commands",
         "model_cache",
         "model_files",
         "hub_download",

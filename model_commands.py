@@ -1,0 +1,117 @@
+"""The command line of the model cache, for people who prepare a volume: `python utils.py COMMAND`.
+
+Owns arguments, output and exit codes. What a command does is done behind `utils`; settings come
+from the environment through `config`, as the worker's do, so that both mean the same volume.
+
+A command is one function with its arguments beside it and a line in COMMANDS. Results go to
+stdout, progress and errors to stderr.
+"""
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import config
+import utils
+from config import Settings
+from errors import ConfigError, SealedError
+
+_DESCRIPTION = "Prepare and look after the models on a volume."
+_EPILOG = """\
+The settings are the worker's, from the environment. HF_HOME says where models are kept, which
+is now %(cache)s; HF_TOKEN opens gated models.
+A MODEL is what MODELS takes; where none is named, those of MODELS are meant.
+
+exit codes: 0 success, 1 failure, 2 wrong arguments, 3 wrong settings, 4 damaged files,
+            130 interrupted
+"""
+USAGE_CODE, DAMAGED_CODE, INTERRUPTED_CODE, ENDED_CODE = 2, 4, 130, 143
+
+log = logging.getLogger("models")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: `add_arguments` declares what it takes, `run` does it and returns a code."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, Settings], int]
+
+
+def _models(args: argparse.Namespace, settings: Settings) -> Sequence[str]:
+    """Return the models that were named, else those of MODELS."""
+    models: Sequence[str] = args.model or settings.models
+    if not models:
+        raise ConfigError(["name a model, such as org/name, or set MODELS"])
+    return models
+
+
+def _places(settings: Settings) -> dict[str, Any]:
+    """Return where `utils` looks for models, and how it reaches the Hub."""
+    return {
+        "hub_cache": settings.hub_cache,
+        "token": settings.hf_token,
+        "endpoint": settings.hf_endpoint,
+        "offline": settings.offline,
+        "log": log,
+    }
+
+
+# --- fetch ---
+
+
+def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="*", metavar="MODEL")
+
+
+def _fetch(args: argparse.Namespace, settings: Settings) -> int:
+    for model in _models(args, settings):
+        print(utils.resolve(model, **_places(settings)).path)
+    return 0
+
+
+COMMANDS = (Command("fetch", "make models present and complete", _fetch_arguments, _fetch),)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    log.setLevel(logging.INFO)
+    # Whoever ends the command ends it tidily: downloads are stopped, leases given back.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED_CODE))
+    environ = config.take_secrets(config.environment())
+    settings, faults = config.read_for_models(environ)
+    args = _build_parser(settings).parse_args(argv)
+    config.prepare_hub(config.environment(), settings)
+    try:
+        if faults:
+            raise ConfigError(faults)
+        command = next(command for command in COMMANDS if command.name == args.command)
+        return command.run(args, settings)
+    except SealedError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED_CODE
+
+
+def _build_parser(settings: Settings) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="utils.py",
+        description=_DESCRIPTION,
+        epilog=_EPILOG % {"cache": settings.hub_cache},
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        about = command.help[0].upper() + command.help[1:] + "."
+        command.add_arguments(
+            parsers.add_parser(command.name, help=command.help, description=about)
+        )
+    return parser
