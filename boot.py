@@ -97,6 +97,7 @@ def _prepare(settings: Settings, readiness: Readiness) -> Preparation:
             token=settings.hf_token,
             endpoint=settings.hf_endpoint,
             offline=settings.offline,
+            worker=settings.worker_id,
         ),
         readiness,
     )

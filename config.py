@@ -205,7 +205,7 @@ SETTINGS = (
         "worker_id",
         _text,
         "set by RunPod",
-        "the worker's name in the records of starts",
+        "the worker's name in leases and in the records of starts",
     ),
 )
 

@@ -14,18 +14,21 @@ import logging
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from model_cache import temporaries
-from model_files import human_size, select_files, size_of, weights
+from model_cache import Repo
+from model_files import select_files, weights
+from model_lease import Pace
+from model_progress import Plan, Progress
 
 # EFBIG is what a limit on file sizes answers with; to the operator it is the same lack of room.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -45,14 +48,36 @@ class Patience:
     backoff_s: float = 1.0
     stall_s: float = 60.0
     log_every_s: float = 5.0
+    pace: Pace = field(default_factory=Pace)
+
+    @property
+    def with_others_s(self) -> float:
+        """How long another worker's download may bring nothing before it is taken over.
+
+        Twice what its own watchdog allows, so that it is no longer believed in there either.
+        """
+        return 2 * self.attempts * self.stall_s
+
+
+@dataclass(frozen=True)
+class Hub:
+    """The Hub, the cache that is filled from it, and in whose name and how patiently."""
+
+    cache: Path
+    token: str | None
+    endpoint: str | None
+    patience: Patience
+    log: logging.Logger
+    worker: str = ""
 
 
 @dataclass(frozen=True)
 class Failure:
     """Why a download ended early.
 
-    `kind` is one of network, busy, stalled, died, incomplete (which may pass) and gated, token,
-    forbidden, refused, repository, revision, entry, weights, room, unwritable, unexpected.
+    `kind` is one of network, busy, stalled, died, incomplete (which may pass), lost (it is another
+    worker's turn now), and gated, token, forbidden, refused, repository, revision, entry, weights,
+    room, unwritable, unexpected.
     `detail` may quote the Hub and needs redaction before it is shown.
     """
 
@@ -61,53 +86,28 @@ class Failure:
     retry_after_s: float = 0.0
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be there at the end: the commit, and the needed files with their sizes."""
-
-    sha: str
-    sizes: Mapping[str, int]
-
-    @property
-    def total(self) -> int:
-        """Bytes of all needed files."""
-        return sum(self.sizes.values())
-
-    def finished_bytes(self, storage: Path) -> int:
-        """Bytes of those needed files that are whole in a repository's folder of the cache."""
-        folder = storage / "snapshots" / self.sha
-        return sum(size for file, size in self.sizes.items() if size_of(folder / file) == size)
-
-
 def download(
-    repo: str,
-    revision: str,
-    file: str | None,
-    *,
-    cache: Path,
-    storage: Path,
-    token: str | None,
-    endpoint: str | None,
-    patience: Patience,
-    log: logging.Logger,
+    hub: Hub, repo: Repo, revision: str, lost: Callable[[], bool]
 ) -> tuple[Plan | None, Failure | None]:
-    """Try once to make a revision's needed files present below `storage`, its folder in `cache`.
+    """Try once to make a revision's needed files present in the cache.
 
     The plan is None where the failure came before the listing was known. Finished files are kept
-    whatever happens; `patience.stall_s` without a byte ends the attempt.
+    whatever happens; `patience.stall_s` without a byte ends the attempt, and so does `lost`.
     """
+    patience = hub.patience
     job = {
-        "repo": repo,
+        "repo": repo.id,
         "revision": revision,
-        "file": file,
-        "cache_dir": str(cache),
-        "token": token,
-        "endpoint": endpoint,
+        "file": repo.file,
+        "cache_dir": str(hub.cache),
+        "token": hub.token,
+        "endpoint": hub.endpoint,
     }
     plan: Plan | None = None
     failure: Failure | None = None
     done = False
-    progress = _Progress(repo, storage, patience.log_every_s, log)
+    progress = Progress(repo.id, hub.cache / repo.storage_name, patience.log_every_s, hub.log)
+    progress.ignore_unfinished()
     allowance_s = max(_CHILD_START_S, patience.stall_s)
     poll_s = min(1.0, patience.stall_s / 4, patience.log_every_s)
     with tempfile.TemporaryFile() as stderr, _child(stderr) as (child, messages):
@@ -127,21 +127,28 @@ def download(
             if "plan" in message:
                 plan = Plan(**message["plan"])
                 progress.begin(plan)
+                progress.tell_plan()
             if "failure" in message:
                 failure = Failure(**message["failure"])
             done = done or "done" in message
             if seen != (seen := progress.measure()):
                 moved_at = now
-            if now - moved_at > allowance_s:
+            if lost():
+                failure = Failure("lost")
+            elif now - moved_at > allowance_s:
                 failure = Failure("stalled", f"no bytes for {now - moved_at:.0f} s")
-        orphans = open_temporaries(child.pid)
         if failure is None and not done:
             failure = Failure("died", _last_words(child, stderr))
-    for orphan in orphans:
-        orphan.unlink(missing_ok=True)
     if failure is None:
         progress.end()
     return plan, failure
+
+
+def _stop(child: "subprocess.Popen[str]") -> None:
+    """Halt a child before it is killed, so that it opens no file after the look at them."""
+    with contextlib.suppress(ChildProcessError):
+        child.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 def _last_words(child: "subprocess.Popen[str]", stderr: IO[bytes]) -> str:
@@ -173,8 +180,12 @@ def _child(
         try:
             yield child, messages
         finally:
+            _stop(child)
+            orphans = open_temporaries(child.pid)
             child.kill()
             child.wait()
+            for orphan in orphans:
+                orphan.unlink(missing_ok=True)
             reader.join()
 
 
@@ -188,69 +199,6 @@ def open_temporaries(pid: int) -> list[Path]:
                 if target.name.endswith(".incomplete"):
                     found.append(target)
     return found
-
-
-class _Progress:
-    """Measures a download by its files and tells the log about it, at most every `every_s`."""
-
-    def __init__(self, name: str, storage: Path, every_s: float, log: logging.Logger) -> None:
-        self._name, self._storage, self._every_s, self._log = name, storage, every_s, log
-        self._plan: Plan | None = None
-        self._foreign = set(temporaries(storage))
-        self._had = 0
-        self._began_at = self._told_at = time.monotonic()
-
-    def begin(self, plan: Plan) -> None:
-        self._plan = plan
-        self._had = self._finished()
-        self._began_at = self._told_at = time.monotonic()
-        self._log.info(
-            "%s: downloading %d files, %s, of which %s are here (revision %.7s)",
-            self._name,
-            len(plan.sizes),
-            human_size(plan.total),
-            human_size(self._had),
-            plan.sha,
-        )
-
-    def measure(self) -> tuple[int, int]:
-        """Return the bytes finished and under way, by whatever process; log them when due."""
-        finished = self._finished()
-        under_way = temporaries(self._storage)
-        mine = sum(s.st_size for path, s in under_way.items() if path not in self._foreign)
-        now = time.monotonic()
-        if self._plan is not None and now - self._told_at >= self._every_s:
-            self._told_at = now
-            total = self._plan.total
-            have = min(total, finished + mine)
-            rate = max(0.0, (have - self._had) / (now - self._began_at))
-            left = f"{(total - have) / rate:.0f} s left" if rate > 0 else "waiting for data"
-            self._log.info(
-                "%s: %d %% of %s, %.1f MB/s, %s",
-                self._name,
-                100 * have // max(1, total),
-                human_size(total),
-                rate / 1e6,
-                left,
-            )
-        return finished, sum(s.st_size for s in under_way.values())
-
-    def end(self) -> None:
-        took_s = max(1e-3, time.monotonic() - self._began_at)
-        got = self._finished() - self._had
-        self._log.info(
-            "%s: downloaded %s in %.1f s, %.1f MB/s",
-            self._name,
-            human_size(got),
-            took_s,
-            got / took_s / 1e6,
-        )
-
-    def _finished(self) -> int:
-        if self._plan is None:
-            return 0
-        folder = self._storage / "snapshots" / self._plan.sha
-        return sum(size_of(folder / file) or 0 for file in self._plan.sizes)
 
 
 def _child_main() -> None:

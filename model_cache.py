@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ HUB = "https://huggingface.co"
 
 _REPO_ID = re.compile(r"(\w[\w.-]*/)?\w([\w.-]*\w)?", re.ASCII)
 _SHA = re.compile(r"[0-9a-f]{40}")
-_ORPHAN_AGE_S = 3600.0
+ORPHAN_AGE_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -158,13 +157,25 @@ def temporaries(storage: Path) -> dict[Path, os.stat_result]:
     return found
 
 
-def remove_orphans(storage: Path, log: logging.Logger) -> None:
-    """Remove what killed downloads left: huggingface_hub 2.4 never takes such files up again."""
+def remove_orphans(storage: Path, now: float, age_s: float, log: logging.Logger) -> int:
+    """Remove unfinished files to which nothing was written for `age_s`; return the bytes freed.
+
+    Killed downloads leave them, and huggingface_hub 2.4 never takes them up again. `now` is the
+    file server's time.
+    """
+    freed = 0
     for path, stat in temporaries(storage).items():
-        if time.time() - stat.st_mtime > _ORPHAN_AGE_S:
+        if now - stat.st_mtime > age_s:
             with contextlib.suppress(OSError):
                 path.unlink()
+                freed += stat.st_size
                 log.info("removed an abandoned download of %s", human_size(stat.st_size))
+    return freed
+
+
+def lock_folder(repo: Repo, cache: Path) -> Path:
+    """Return where the Hub library keeps a repository's locks, and we its lease."""
+    return cache / ".locks" / repo.storage_name
 
 
 def remove_locks(repo: Repo, cache: Path) -> None:
@@ -173,6 +184,6 @@ def remove_locks(repo: Repo, cache: Path) -> None:
     Nobody else is writing either, or the watchdog would have seen bytes; and huggingface_hub 2.4
     stays correct without locks, since it renames finished files into place.
     """
-    for lock in (cache / ".locks" / repo.storage_name).glob("*.lock"):
+    for lock in lock_folder(repo, cache).glob("*.lock"):
         with contextlib.suppress(OSError):
             lock.unlink()

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +34,8 @@ from utils import Snapshot
 
 log = logging.getLogger("worker.models")
 
+_ORDERLY_END_S = 2.0
+
 
 @dataclass(frozen=True)
 class Job:
@@ -44,6 +47,7 @@ class Job:
     token: str | None = dataclasses.field(default=None, repr=False)
     endpoint: str | None = None
     offline: bool = False
+    worker: str = ""
 
 
 class Preparation:
@@ -151,6 +155,7 @@ def _prepare(job: Mapping[str, Any], channel: _Channel) -> None:
                 token=job["token"],
                 endpoint=job["endpoint"],
                 offline=job["offline"],
+                worker=job["worker"],
                 log=told,
                 timed=channel.timed,
             )
@@ -163,6 +168,9 @@ def _prepare(job: Mapping[str, Any], channel: _Channel) -> None:
 
 def _end_with_worker() -> None:
     sys.stdin.read()
+    # The orderly end stops a download and gives back its lease; nothing may hold up the worker's.
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_ORDERLY_END_S)
     os._exit(1)
 
 
@@ -171,6 +179,7 @@ def _child() -> None:
     job = json.loads(sys.stdin.readline())
     channel = _Channel(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)  # what libraries print must not mix with the messages
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=_end_with_worker, daemon=True).start()
     _prepare(job, channel)
     os._exit(0)

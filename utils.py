@@ -15,8 +15,6 @@ and its other settings when it is first imported.
 import contextlib
 import logging
 import os
-import random
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,27 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from errors import (
-    DiskFull,
-    ModelError,
-    ModelGated,
-    ModelIncomplete,
-    ModelNotFound,
-    ModelOffline,
-)
-from hub_download import Failure, Patience, Plan, download
-from model_cache import (
-    HUB,
-    Cached,
-    Repo,
-    look_up,
-    only_snapshot,
-    read_ref,
-    remove_damaged,
-    remove_locks,
-    remove_orphans,
-    snapshots,
-)
+from errors import ModelIncomplete, ModelNotFound, ModelOffline
+from hub_download import Hub, Patience
+from model_cache import Cached, Repo, look_up, only_snapshot, read_ref, snapshots
+from model_download import make_whole
 from model_files import check, check_file, human_size, listed, listing, select_files, size_of
 
 __all__ = ["RUNPOD_CACHE", "Patience", "Snapshot", "Source", "Timed", "resolve"]
@@ -58,8 +39,6 @@ Source = Literal["MODEL_PATH", "folder", "cache", "runpod cache", "hub"]
 Timed = Callable[[str], AbstractContextManager[dict[str, int | float | str]]]
 """Times a phase by its name: `resolve`, and in it `verify` and `download`, whose bytes and rate go
 into the mapping that it gives."""
-
-_WORTH_RETRYING = ("network", "busy", "stalled", "died", "incomplete")
 
 
 @dataclass(frozen=True)
@@ -83,19 +62,6 @@ def _untimed(_: str) -> Iterator[dict[str, int | float | str]]:
     yield {}
 
 
-@dataclass(frozen=True)
-class _Hub:
-    cache: Path
-    token: str | None
-    endpoint: str | None
-    patience: Patience
-    log: logging.Logger
-    timed: Timed
-
-    def page(self, repo: Repo) -> str:
-        return f"{(self.endpoint or HUB).rstrip('/')}/{repo.id}"
-
-
 def resolve(
     model: str,
     *,
@@ -106,6 +72,7 @@ def resolve(
     endpoint: str | None = None,
     offline: bool = False,
     patience: Patience | None = None,
+    worker: str = "",
     log: logging.Logger | None = None,
     timed: Timed = _untimed,
 ) -> Snapshot:
@@ -117,7 +84,7 @@ def resolve(
     Raises ModelNotFound, ModelGated, ModelOffline, ModelIncomplete, DiskFull or ModelError.
     """
     log = log or logging.getLogger(__name__)
-    hub = _Hub(hub_cache, token, endpoint, patience or Patience(), log, timed)
+    hub = Hub(hub_cache, token, endpoint, patience or Patience(), log, worker)
     with timed("resolve"):
         if model_path is not None:
             name = _folder_name(model) if _is_local(model) else Repo.parse(model).id
@@ -125,7 +92,7 @@ def resolve(
         elif _is_local(model):
             snapshot = _from_folder(Path(model), _folder_name(model), "folder", timed)
         else:
-            snapshot = _from_hub_or_cache(Repo.parse(model), runpod_cache, hub, offline)
+            snapshot = _from_hub_or_cache(Repo.parse(model), runpod_cache, hub, offline, timed)
     log.info(
         "%s: complete, %s, from %s: %s",
         snapshot.name,
@@ -182,11 +149,13 @@ def _snapshot(cached: Cached, repo: Repo, source: Source) -> Snapshot:
     return Snapshot(repo.id, path, cached.sha, source, total)
 
 
-def _from_hub_or_cache(repo: Repo, runpod_cache: Path, hub: _Hub, offline: bool) -> Snapshot:
+def _from_hub_or_cache(
+    repo: Repo, runpod_cache: Path, hub: Hub, offline: bool, timed: Timed
+) -> Snapshot:
     places: list[tuple[Path, Source]] = [(hub.cache, "cache"), (runpod_cache, "runpod cache")]
     partial: Cached | None = None
     for cache, source in places:
-        with hub.timed("verify"):
+        with timed("verify"):
             cached = look_up(repo, cache)
         if cached is None:
             continue
@@ -203,9 +172,9 @@ def _from_hub_or_cache(repo: Repo, runpod_cache: Path, hub: _Hub, offline: bool)
             )
         mine = partial if partial is not None and partial.cache == hub.cache else None
         had_bytes = _snapshot(mine, repo, "hub").bytes if mine else 0
-        with hub.timed("download") as facts:
+        with timed("download") as facts:
             began = time.perf_counter()
-            snapshot = _snapshot(_download(repo, mine, hub), repo, "hub")
+            snapshot = _snapshot(make_whole(repo, hub), repo, "hub")
             got_bytes = max(0, snapshot.bytes - had_bytes)
             facts["bytes"] = got_bytes
             facts["MB_per_s"] = round(got_bytes / 1e6 / (time.perf_counter() - began), 1)
@@ -222,146 +191,6 @@ def _from_hub_or_cache(repo: Repo, runpod_cache: Path, hub: _Hub, offline: bool)
             f"the files of {repo.id} in {partial.folder} are incomplete ({listed(partial.faults)}) "
             f"and could not be repaired: {error}"
         ) from error
-
-
-def _download(repo: Repo, partial: Cached | None, hub: _Hub) -> Cached:
-    """Download into the cache until the files are whole, as often as patience allows."""
-    # The revision that is already half there is completed, even if its branch has moved on.
-    revision = partial.sha if partial else repo.revision
-    storage = hub.cache / repo.storage_name
-    remove_orphans(storage, hub.log)
-    attempts, most = 0, -1
-    while True:
-        try:
-            if partial is not None:
-                remove_damaged(partial, hub.log)
-        except OSError as error:
-            raise _error(repo, hub, None, Failure("unwritable", str(error)), attempts) from error
-        plan, failure = download(
-            repo.id,
-            revision,
-            repo.file,
-            cache=hub.cache,
-            storage=storage,
-            token=hub.token,
-            endpoint=hub.endpoint,
-            patience=hub.patience,
-            log=hub.log,
-        )
-        partial = look_up(repo, hub.cache, plan.sha) if plan else None
-        if failure is None and partial is not None:
-            if not partial.faults:
-                return partial
-            failure = Failure("incomplete", listed(partial.faults))
-        failure = failure or Failure("died", "it ended without a snapshot")
-        if failure.kind in ("revision", "entry") and revision != repo.revision:
-            # The commit that was half there is gone from the Hub.
-            revision = repo.revision
-            continue
-        finished = plan.finished_bytes(storage) if plan else 0
-        attempts = 1 if finished > most else attempts + 1
-        most = max(most, finished)
-        if failure.kind not in _WORTH_RETRYING or attempts >= hub.patience.attempts:
-            raise _error(repo, hub, plan, failure, attempts)
-        if failure.kind == "stalled":
-            remove_locks(repo, hub.cache)
-        wait_s = max(failure.retry_after_s, hub.patience.backoff_s * 2 ** (attempts - 1))
-        wait_s *= 1 + random.random() / 4  # noqa: S311 - spreads the workers, guards nothing
-        hub.log.warning(
-            "%s: %s; trying again in %.1f s (%d of %d)",
-            repo.id,
-            _explained(failure, hub.token),
-            wait_s,
-            attempts,
-            hub.patience.attempts - 1,
-        )
-        time.sleep(wait_s)
-
-
-def _error(repo: Repo, hub: _Hub, plan: Plan | None, failure: Failure, attempts: int) -> ModelError:
-    name, page, detail = repo.id, hub.page(repo), _plain(failure.detail, hub.token)
-    tokens = "https://huggingface.co/settings/tokens"
-    match failure.kind:
-        case "gated" if hub.token is None:
-            return ModelGated(
-                f"{name} is gated: accept its licence at {page} and set HF_TOKEN to a token of "
-                f"that account ({tokens})"
-            )
-        case "gated":
-            return ModelGated(
-                f"{name} is gated and the account of HF_TOKEN has no access: accept its licence at "
-                f"{page} with that account; a fine-grained token also needs the permission to "
-                f"read public gated repositories ({tokens})"
-            )
-        case "token":
-            return ModelGated(
-                "the Hub refuses HF_TOKEN (401), it is wrong, expired or revoked: make a new one "
-                f"at {tokens}, or unset it for a public model"
-            )
-        case "forbidden":
-            return ModelGated(
-                f"the Hub denies access to {name} (403): check at {page} that the account of "
-                f"HF_TOKEN may read it ({detail})"
-            )
-        case "repository":
-            private = (
-                "if it is private or gated, set HF_TOKEN"
-                if hub.token is None
-                else "if it is private, HF_TOKEN must belong to an account that may read it"
-            )
-            return ModelNotFound(f"there is no model {name} on the Hub: check the name; {private}")
-        case "revision":
-            return ModelNotFound(
-                f"{name} has no revision {repo.revision!r}: its revisions are listed at "
-                f"{page}/commits/main"
-            )
-        case "weights":
-            return ModelNotFound(f"{name}: {detail}")
-        case "room":
-            needs = "its size is not known yet"
-            if plan is not None:
-                missing = plan.total - plan.finished_bytes(hub.cache / repo.storage_name)
-                needs = f"it needs {missing / 1e9:.2f} GB more ({plan.total / 1e9:.2f} GB in all)"
-            return DiskFull(
-                f"no room for {name} in {hub.cache}: {needs}; enlarge the network volume, remove "
-                "other models from it, or set HF_HOME to a folder on a larger one"
-            )
-        case "unwritable":
-            return ModelError(
-                f"cannot write to {hub.cache} ({detail}): set HF_HOME to a folder on a writable "
-                "volume, or put the whole model there beforehand"
-            )
-        case "incomplete" | "entry":
-            return ModelIncomplete(
-                f"{name} is still incomplete after {attempts} downloads ({detail}): what the Hub "
-                f"serves does not match its own listing; try another revision of {page}"
-            )
-        case "network" | "busy" | "stalled" | "died":
-            return ModelOffline(
-                f"{name} could not be downloaded from {hub.endpoint or HUB}, "
-                f"{_explained(failure, hub.token)}: check the network and HF_ENDPOINT and start "
-                "again (finished files are kept), or put the model on the volume beforehand"
-            )
-        case _:
-            return ModelError(f"{name} could not be downloaded: {detail}")
-
-
-def _explained(failure: Failure, token: str | None) -> str:
-    what = {
-        "network": "the connection failed or broke off",
-        "busy": "the Hub is busy or limits requests",
-        "stalled": "the download stalled",
-        "died": "the download process died",
-        "incomplete": "files came incomplete",
-    }[failure.kind]
-    return f"{what} ({_plain(failure.detail, token)})"
-
-
-def _plain(text: str, token: str | None) -> str:
-    """One short line without the token and without the signed query of a URL."""
-    if token:
-        text = text.replace(token, "***")
-    return re.sub(r"\?[^\s'\"]+", "?…", " ".join(text.split()))[:300]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import model_cache
 import utils
 from errors import DiskFull, ModelError, ModelGated, ModelIncomplete, ModelNotFound, ModelOffline
 from model_files import check, human_size, select_files
+from model_lease import Pace
 from tests.hub import Hub
 from utils import Patience, Snapshot
 
@@ -32,8 +33,9 @@ TOKEN = "hf_secretTokenOfTheTest"
 SHARD_1 = "model-00001-of-00002.safetensors"
 SHARD_2 = "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
-ONCE = Patience(attempts=1, backoff_s=0.05, log_every_s=0.2)
-THRICE = Patience(attempts=3, backoff_s=0.05, log_every_s=0.2)
+PACE = Pace(heartbeat_s=0.2, stale_s=2.0)
+ONCE = Patience(attempts=1, backoff_s=0.05, log_every_s=0.2, pace=PACE)
+THRICE = Patience(attempts=3, backoff_s=0.05, log_every_s=0.2, pace=PACE)
 
 
 def safetensors(data_bytes: int) -> bytes:
@@ -495,8 +497,8 @@ def test_unreachable_hub(
     dead = "http://127.0.0.1:9"
     with pytest.raises(ModelOffline, match=f"{dead}.*check the network and HF_ENDPOINT"):
         resolve(endpoint=dead)
-    assert not cache.exists()
-    shutil.copytree(downloaded, cache, symlinks=True)
+    assert not (cache / "models--org--tiny").exists()
+    shutil.copytree(downloaded, cache, symlinks=True, dirs_exist_ok=True)
     assert resolve(endpoint=dead).source == "cache"
     remove_shard(snapshot_folder(cache))
     with pytest.raises(ModelIncomplete, match=f"{SHARD_1}: missing.*{dead}"):
