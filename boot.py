@@ -94,6 +94,7 @@ def _prepare(settings: Settings, readiness: Readiness) -> Preparation:
             models=settings.models,
             hub_cache=str(settings.hub_cache),
             model_path=str(settings.model_path) if settings.model_path else None,
+            model_dirs=[str(folder) for folder in settings.model_dirs],
             token=settings.hf_token,
             endpoint=settings.hf_endpoint,
             offline=settings.offline,

@@ -9,6 +9,7 @@ here they are names and text. The client's settings are in client_config.py.
 import ctypes
 import difflib
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ class Settings:
     hf_endpoint: str | None = None
     offline: bool = False
     model_path: Path | None = None
+    model_dirs: tuple[Path, ...] = ()
     served_model_name: tuple[str, ...] = ()
     gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION
     max_concurrency: int | None = None
@@ -66,6 +68,10 @@ def _text(text: str) -> str:
 
 def _list(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def _paths(text: str) -> tuple[Path, ...]:
+    return tuple(Path(item.strip()) for item in re.split("[:,]", text) if item.strip())
 
 
 def _flag(text: str) -> bool:
@@ -143,6 +149,14 @@ SETTINGS = (
         Path,
         "none",
         "a folder that holds the model; `MODELS` then only names it",
+    ),
+    Setting(
+        "MODEL_DIRS",
+        "model_dirs",
+        _paths,
+        "none",
+        "folders, separated by colons or commas, searched for models before the cache: for "
+        "`org/name`, `name` or `org--name` in each",
     ),
     Setting(
         "SERVED_MODEL_NAME",

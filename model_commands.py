@@ -56,9 +56,11 @@ def _places(settings: Settings) -> dict[str, Any]:
     """Return where `utils` looks for models, and how it reaches the Hub."""
     return {
         "hub_cache": settings.hub_cache,
+        "model_dirs": settings.model_dirs,
         "token": settings.hf_token,
         "endpoint": settings.hf_endpoint,
         "offline": settings.offline,
+        "worker": settings.worker_id,
         "log": log,
     }
 

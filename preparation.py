@@ -44,6 +44,7 @@ class Job:
     models: Sequence[str]
     hub_cache: str
     model_path: str | None = None
+    model_dirs: Sequence[str] = ()
     token: str | None = dataclasses.field(default=None, repr=False)
     endpoint: str | None = None
     offline: bool = False
@@ -152,6 +153,7 @@ def _prepare(job: Mapping[str, Any], channel: _Channel) -> None:
                 model,
                 hub_cache=Path(job["hub_cache"]),
                 model_path=Path(job["model_path"]) if job["model_path"] and not number else None,
+                model_dirs=[Path(folder) for folder in job["model_dirs"]],
                 token=job["token"],
                 endpoint=job["endpoint"],
                 offline=job["offline"],

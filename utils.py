@@ -5,8 +5,8 @@ needed and whether they are whole, `model_cache` the layout of the Hub's cache, 
 runs one watched download. This module decides the order, the retries and what people are told.
 It knows nothing of the engine, of keys or of the environment: settings arrive as arguments.
 
-The order: MODEL_PATH, a local folder, the cache on the volume, RunPod's cached-model location,
-the Hub. A complete model in any of the first four is used without a single network call.
+The order: MODEL_PATH, a local folder, MODEL_DIRS, the cache on the volume, RunPod's cached-model
+location, the Hub. A complete model in any of those before is used without a single network call.
 
 `huggingface_hub` is imported inside functions only, here and behind the door: it freezes HF_HOME
 and its other settings when it is first imported.
@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ __all__ = ["RUNPOD_CACHE", "Patience", "Snapshot", "Source", "Timed", "resolve"]
 RUNPOD_CACHE = Path("/runpod-volume/huggingface-cache/hub")
 """Where RunPod places the models of its cached-model feature, in the layout of the Hub's cache."""
 
-Source = Literal["MODEL_PATH", "folder", "cache", "runpod cache", "hub"]
+Source = Literal["MODEL_PATH", "folder", "MODEL_DIRS", "cache", "runpod cache", "hub"]
 
 Timed = Callable[[str], AbstractContextManager[dict[str, int | float | str]]]
 """Times a phase by its name: `resolve`, and in it `verify` and `download`, whose bytes and rate go
@@ -68,6 +68,7 @@ def resolve(
     hub_cache: Path,
     runpod_cache: Path = RUNPOD_CACHE,
     model_path: Path | None = None,
+    model_dirs: Sequence[Path] = (),
     token: str | None = None,
     endpoint: str | None = None,
     offline: bool = False,
@@ -92,7 +93,10 @@ def resolve(
         elif _is_local(model):
             snapshot = _from_folder(Path(model), _folder_name(model), "folder", timed)
         else:
-            snapshot = _from_hub_or_cache(Repo.parse(model), runpod_cache, hub, offline, timed)
+            repo = Repo.parse(model)
+            snapshot = _from_dirs(repo, model_dirs, log, timed) or _from_hub_or_cache(
+                repo, runpod_cache, hub, offline, timed
+            )
     log.info(
         "%s: complete, %s, from %s: %s",
         snapshot.name,
@@ -137,6 +141,26 @@ def _from_folder(path: Path, name: str, source: Source, timed: Timed) -> Snapsho
             "or name a model of the Hub instead"
         )
     return Snapshot(name, path, revision, source, total)
+
+
+def _from_dirs(
+    repo: Repo, folders: Iterable[Path], log: logging.Logger, timed: Timed
+) -> Snapshot | None:
+    """Return the model from the first of the folders in which it is whole."""
+    org, _, name = repo.id.rpartition("/")
+    names = [repo.id, name, f"{org}--{name}"] if org else [name]
+    for path in (folder.expanduser() / name for folder in folders for name in names):
+        path = path / repo.file if repo.file else path
+        if not path.exists():
+            continue
+        if repo.revision != "main":
+            log.warning("%s: not taken from %s: its revision is not known", repo.id, path)
+            continue
+        try:
+            return _from_folder(path, repo.id, "MODEL_DIRS", timed)
+        except ModelIncomplete as error:
+            log.warning("%s: looking further: %s", repo.id, error)
+    return None
 
 
 def _total(folder: Path, files: Iterable[str]) -> int:

@@ -228,6 +228,29 @@ def test_each_place_goes_before_the_next(
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("name", ["org/tiny", "tiny", "org--tiny"])
+def test_folders_of_models_go_before_the_caches(
+    hub: Hub, resolve: Callable[..., Snapshot], full_cache: Path, tmp_path: Path, name: str
+) -> None:
+    folders = [tmp_path / "empty", tmp_path / "a", tmp_path / "b"]
+    damaged, whole = (write_model(folder / name) for folder in folders[1:])
+    (damaged / SHARD_1).unlink()
+    found = resolve(model_dirs=folders)
+    assert (found.source, found.name, found.path) == ("MODEL_DIRS", "org/tiny", whole)
+    # Which revision a folder holds is not known: where one is asked for, the cache must tell.
+    sha = snapshot_folder(full_cache).name
+    assert resolve(f"org/tiny@{sha}", model_dirs=folders).source == "cache"
+    (whole / SHARD_1).unlink()
+    assert resolve(model_dirs=folders).source == "cache"
+    assert hub.requests == []
+
+
+def test_gguf_in_a_folder_of_models(resolve: Callable[..., Snapshot], tmp_path: Path) -> None:
+    write_model(tmp_path / "org" / "quants", {"q4.gguf": b"GGUF" + bytes(100)})
+    found = resolve("org/quants/q4.gguf", model_dirs=[tmp_path])
+    assert (found.source, found.path) == ("MODEL_DIRS", tmp_path / "org" / "quants" / "q4.gguf")
+
+
 def test_incomplete_runpod_cache_is_left_alone_and_the_volume_filled(
     hub: Hub, resolve: Callable[..., Snapshot], full_cache: Path, tmp_path: Path
 ) -> None:
