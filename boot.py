@@ -10,15 +10,17 @@ handler and the job loop are rp_handler.py's.
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import config
+import engine_adapters
 import engine_phases
 from config import Settings
 from crypto import KeyRing
+from engine_adapters import Family
 from errors import ConfigError
 from preparation import Job, Preparation
 from readiness import Readiness
@@ -63,18 +65,14 @@ def boot(environ: Mapping[str, str]) -> Booted:
     with tempfile.NamedTemporaryFile(prefix="sealed-vllm-start-") as phases:
         config.environment()[engine_phases.VARIABLE] = phases.name
         with readiness.phase("imports"):
-            from engine import Engine
+            from engine import Engine  # noqa: F401 - the longest import; `load` finds it done
             from engine_options import EngineOptions
         settings, keys = _checked(environ, EngineOptions())
         snapshots = preparation.snapshots()
-        served = list(settings.served_model_name) or [snapshots[0].name]
+        # The first one's names are the operator's to choose; the others keep their own.
+        families = engine_adapters.families(snapshots)
         with readiness.phase("engine core"):
-            engine = Engine(
-                str(snapshots[0].path),
-                served,
-                settings.engine_options,
-                settings.gpu_memory_utilization,
-            )
+            engine = load(families[0], settings.served_model_name, settings)
         for name, (began_at, ended_at) in engine_phases.noted(Path(phases.name)).items():
             readiness.add(name, began_at, ended_at)
     readiness.about |= {
@@ -86,6 +84,19 @@ def boot(environ: Mapping[str, str]) -> Booted:
     for key in keys:
         log.info("key %s%s", key.id, f" ({key.name})" if key.name else "")
     return Booted(settings, keys, engine, readiness, preparation)
+
+
+def load(family: Family, names: Sequence[str], settings: Settings) -> "Engine":
+    """Load a base model, served under `names` (its own if empty), with its adapters beside it."""
+    from engine import Engine
+
+    return Engine(
+        str(family.path),
+        list(names) or [family.name],
+        settings.engine_options,
+        settings.gpu_memory_utilization,
+        family.adapters,
+    )
 
 
 def _prepare(settings: Settings, readiness: Readiness) -> Preparation:

@@ -14,7 +14,8 @@ import gc
 import itertools
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from jinja2 import TemplateError
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.reasoning import ReasoningParserManager
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.renderers.params import ChatParams
@@ -32,6 +34,7 @@ from vllm.v1.executor import Executor
 
 from asgi import AsgiCall
 from chat import ChatReader, chat_call, unfinished
+from engine_adapters import Adapter
 from engine_options import serve_args
 from engine_sampling import choice_details, parameter_of, prompt_logprobs, sampling_params
 from engine_tracking import TrackedCall, TrackedLLM, cancelled, current_call
@@ -53,6 +56,9 @@ handler's work per token falls as the load rises. The first token is never held 
 
 MAX_STREAM_INTERVAL = 64
 
+
+_WORKERS_REASON = re.compile(r"Worker failed with error '(.*)', please check", re.DOTALL)
+"""What vLLM says around the reason for which its worker failed."""
 
 Timed = Callable[[str], contextlib.AbstractContextManager[Any]]
 """Times a phase by its name."""
@@ -175,15 +181,18 @@ class Engine:
         served_model_names: list[str],
         options: Mapping[str, str],
         gpu_memory_utilization: float,
+        adapters: Sequence[Adapter] = (),
         core_addresses: dict[str, str] | None = None,
     ) -> None:
         """Load the model and start the engine's processes; blocks for as long as that takes.
+
+        The adapters are loaded by `start`, each under its name beside `served_model_names`.
 
         Call from the main thread, before an event loop exists: vLLM binds to the loop
         of its first request. With `core_addresses` (ZMQ `input_address` and
         `output_address`) an engine core that somebody else started is used. Raises ConfigError.
         """
-        self.args = serve_args(model, served_model_names, options, gpu_memory_utilization)
+        self.args = serve_args(model, served_model_names, options, gpu_memory_utilization, adapters)
         try:
             for manager, plugin in (
                 (ToolParserManager.import_tool_parser, self.args.tool_parser_plugin),
@@ -211,6 +220,7 @@ class Engine:
             if name != "max_tokens"
         }
         self.served_model_names = served_model_names
+        self.adapters = tuple(adapters)
         self.has_reasoning_parser = bool(self.args.reasoning_parser)
         self.tasks: tuple[str, ...] = ()
         self.routes: tuple[str, ...] = ()
@@ -253,13 +263,19 @@ class Engine:
     async def start(self, timed: Timed = contextlib.nullcontext) -> None:
         """Build vLLM's application inside the running loop and answer one token as proof.
 
-        `timed` times the phases `application` and `first generation`.
+        `timed` times the phases `application`, `first generation` and, where there are some,
+        `adapters`. Raises ConfigError, which names the adapter that does not work.
         """
         with timed("application"):
             await self._build()
         with timed("first generation"):
             # In a task of its own: its context must not stand for requests made after it.
-            await asyncio.create_task(self._prove())
+            await asyncio.create_task(self._prove(self.served_model_names[0]))
+        if self.adapters:
+            with timed("adapters"):
+                for adapter in self.adapters:
+                    await self._load_adapter(adapter)
+                    await asyncio.create_task(self._prove(adapter.name))
         self._background.append(asyncio.create_task(self._watch_load()))
         # What start-up leaves behind is not garbage; keep the collector from walking it.
         gc.collect()
@@ -372,22 +388,31 @@ class Engine:
         log.error("unexpected %s while serving a request", type(error).__name__)
         return RequestError("the worker failed", status=500, type="InternalServerError")
 
-    async def _prove(self) -> None:
+    async def _load_adapter(self, adapter: Adapter) -> None:
+        request = LoadLoRAAdapterRequest(lora_name=adapter.name, lora_path=str(adapter.path))
+        models = self.app.state.openai_serving_models
+        loaded = await models.load_lora_adapter(request, self.served_model_names[0])
+        if not isinstance(loaded, str):
+            reason = loaded.error.message
+            if told := _WORKERS_REASON.search(reason):
+                reason = told[1]
+            raise ConfigError([f"the adapter {adapter.name} cannot be served: {reason}"])
+
+    async def _prove(self, model: str) -> None:
         if "generate" in self.tasks:
-            call = Call(GENERATE, "POST", b'{"prompt":"Hello","sampling_params":{"max_tokens":1}}')
+            body: dict[str, Any] = {"prompt": "Hello", "sampling_params": {"max_tokens": 1}}
+            route = GENERATE
         else:
-            body = {"model": self.served_model_names[0], "input": "Hello"}
-            call = Call("/pooling", "POST", json.dumps(body).encode())
+            body, route = {"input": "Hello"}, "/pooling"
+        call = Call(route, "POST", json.dumps({**body, "model": model}).encode())
         run = self.run(call, "proof")
         try:
             async for batch in run.batches():
-                for event in batch:
-                    if isinstance(event, Head) and event.status != 200:
-                        raise ConfigError(
-                            [f"the engine answered its first request with {event.status}"]
-                        )
+                head = batch[0] if batch else None
+                if isinstance(head, Head) and head.status != 200:
+                    raise ConfigError([f"the engine answered as {model} with {head.status}"])
         except RequestError as error:
-            raise ConfigError([f"the engine cannot answer: {error}"]) from error
+            raise ConfigError([f"the engine cannot answer as {model}: {error}"]) from error
         finally:
             await run.aclose()
 

@@ -9,18 +9,23 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import psutil
+from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from engine_adapters import Adapter
 from errors import ConfigError
 
 CPU_KV_CACHE_SHARE = 0.15
 """Share of a CPU machine's memory given to the KV cache unless a setting says otherwise."""
+
+MAX_LORAS = 8
+"""For how many adapters the device has room at once unless a setting says otherwise."""
 
 # Owned by the worker, or would carry prompts out of the process.
 _OWN_SETTINGS = {"model", "served_model_name", "hf_token", "gpu_memory_utilization"}
@@ -132,6 +137,45 @@ def _plain(message: str) -> str:
     return message.rpartition("argument ")[2].partition(": ")[2] or message
 
 
+# --- adapters ---------------------------------------------------------------------------------
+
+
+def lora_options(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """Return the settings with which vLLM takes all of the adapters."""
+    if not adapters:
+        return {}
+    most = max(adapter.rank for adapter in adapters)
+    return {
+        "ENABLE_LORA": "true",
+        "MAX_LORAS": str(min(len(adapters), MAX_LORAS)),
+        # In the machine's memory there is room for all: none is read from the disk again.
+        "MAX_CPU_LORAS": str(len(adapters)),
+        "MAX_LORA_RANK": str(next((rank for rank in _RANKS if rank >= most), _RANKS[-1])),
+    }
+
+
+_RANKS = sorted(get_args(MaxLoRARanks))
+
+
+def adapter_faults(
+    adapters: Sequence[Adapter], served_model_names: Sequence[str], options: Mapping[str, str]
+) -> list[str]:
+    """Return a sentence for each adapter that these settings leave no room for."""
+    faults = []
+    most = int(options.get("MAX_LORA_RANK") or _RANKS[-1])
+    for adapter in adapters:
+        if adapter.rank > most:
+            cure = "raise MAX_LORA_RANK" if most < _RANKS[-1] else "vLLM takes none above"
+            faults.append(
+                f"the adapter {adapter.name} has rank {adapter.rank}, above {most}: {cure}"
+            )
+        if adapter.name in served_model_names:
+            faults.append(f"the adapter {adapter.name} has the name of its base model")
+    if adapters and options.get("ENABLE_LORA", "true").lower() in ("false", "0", "no", "off"):
+        faults.append("ENABLE_LORA is off, but MODELS has adapters: unset it")
+    return faults
+
+
 # --- the engine -------------------------------------------------------------------------------
 
 
@@ -140,11 +184,13 @@ def serve_args(
     served_model_names: Sequence[str],
     options: Mapping[str, str],
     gpu_memory_utilization: float,
+    adapters: Sequence[Adapter] = (),
 ) -> argparse.Namespace:
     """Return vLLM's parsed arguments; ConfigError names every option that is wrong."""
     typed = EngineOptions()
-    if faults := typed.faults(options):
+    if faults := typed.faults(options) or adapter_faults(adapters, served_model_names, options):
         raise ConfigError(faults)
+    options = {**lora_options(adapters), **options}
     argv = [word for name, text in options.items() for word in typed.argv(name, text)]
     argv += [f"--model={model}", "--served-model-name", *served_model_names]
     argv += [f"--gpu-memory-utilization={gpu_memory_utilization}"]

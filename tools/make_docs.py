@@ -36,6 +36,7 @@ GROUPS = {
         "config",
         "log_guard",
         "engine",
+        "engine_adapters",
         "engine_options",
         "engine_sampling",
         "engine_tracking",
