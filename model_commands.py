@@ -13,9 +13,12 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import config
+import readiness
+import readiness_report
 import utils
 from config import Settings
 from errors import ConfigError, SealedError
@@ -78,7 +81,30 @@ def _fetch(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-COMMANDS = (Command("fetch", "make models present and complete", _fetch_arguments, _fetch),)
+# --- report ---
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--last", type=int, default=4, metavar="N", help="how many starts")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them into a PNG, too")
+
+
+def _report(args: argparse.Namespace, settings: Settings) -> int:
+    records = readiness.kept(settings.records, args.last)
+    print(readiness_report.report(records))
+    if args.plot and records:
+        try:
+            readiness_report.plot(records, args.plot)
+        except ImportError:
+            print("--plot needs matplotlib: pip install matplotlib", file=sys.stderr)
+            return 1
+    return 0
+
+
+COMMANDS = (
+    Command("fetch", "make models present and complete", _fetch_arguments, _fetch),
+    Command("report", "show the last starts side by side", _report_arguments, _report),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,6 +29,7 @@ GROUPS = {
         "boot",
         "preparation",
         "readiness",
+        "readiness_report",
         "engine_phases",
         "job_loop",
         "replies",
