@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup clients model demo demo-gateway test run lint bench contract pins clean
+.PHONY: help setup clients model demo demo-gateway test run lint bench bench-cold contract pins clean
 
 PYTHON ?=
 export PYTHON
@@ -46,6 +46,9 @@ lint: setup ## check style and types
 
 bench: model ## measure the worker and the gateway (ARGS=--plot draws a picture)
 	@$(PY) tools/bench.py $(ARGS)
+
+bench-cold: model ## measure cold starts against vLLM's own server (ARGS="--compile --plot")
+	@$(PY) tools/bench_cold.py $(ARGS)
 
 contract: model ## run the engine's tests on each vLLM that is supported
 	@$(PY) tools/tiny_models.py
