@@ -41,6 +41,19 @@ assert importlib.util.find_spec('vllm'), 'the base image has no vLLM: use ENGINE
 
 COPY *.py vllm_logging.json LICENSE ./
 
+# A model inside the image starts with no network and no volume:
+#   docker build --build-arg MODEL=org/name [--build-arg MODEL_REVISION=commit] \
+#       [--secret id=hf_token,src=FILE for a gated one] .
+ARG MODEL=
+ARG MODEL_REVISION=
+COPY tools/bake_model.sh tools/bake_model.sh
+RUN --mount=type=secret,id=hf_token \
+    if [ -n "$MODEL" ]; then \
+        HF_TOKEN="$(cat /run/secrets/hf_token 2>/dev/null || true)" \
+            tools/bake_model.sh "$MODEL${MODEL_REVISION:+@$MODEL_REVISION}" /worker/models; \
+    fi
+ENV MODEL_DIRS=/worker/models MODELS=${MODEL}
+
 # RunPod mounts the network volume as root's and offers no way to change that, and a worker that
 # cannot write there downloads its model at every cold start. So root is the default. Where the
 # volume belongs to somebody else, or there is none: --build-arg RUN_AS=worker.
