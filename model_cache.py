@@ -5,6 +5,7 @@ and, written by huggingface_hub 2.4, `trees/<commit>.json` (every file's size). 
 """
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ HUB = "https://huggingface.co"
 
 _REPO_ID = re.compile(r"(\w[\w.-]*/)?\w([\w.-]*\w)?", re.ASCII)
 _SHA = re.compile(r"[0-9a-f]{40}")
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 ORPHAN_AGE_S = 3600.0
 
 
@@ -117,6 +119,24 @@ def _recorded_sizes(repo: Repo, cache: Path, sha: str) -> dict[str, int] | None:
         return None
     sizes = {file.path: file.size for file in tree}
     return {file: sizes[file] for file in select_files(sizes, repo.file)}
+
+
+def known_hashes(cached: Cached) -> dict[str, str]:
+    """Return the hashes that the Hub gives for a revision's files, as far as they are known.
+
+    64 hex digits are a file's SHA-256, 40 are git's hash of it. Blobs are named by them, and
+    `trees/<sha>.json` has them (huggingface_hub 2.4 keeps the SHA-256 but does not give it out).
+    """
+    hashes = {}
+    for file in listing(cached.folder):
+        pointer = cached.folder / file
+        if pointer.is_symlink() and _HASH.fullmatch(name := pointer.readlink().name):
+            hashes[file] = name
+    record = cached.folder.parent.parent / "trees" / f"{cached.sha}.json"
+    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
+        for file, entry in json.loads(record.read_bytes())["files"].items():
+            hashes[file] = entry.get("lfs_sha256") or entry["blob_id"]
+    return hashes
 
 
 def only_snapshot(repo: Repo, cache: Path) -> Cached | None:

@@ -21,7 +21,9 @@ import readiness
 import readiness_report
 import utils
 from config import Settings
-from errors import ConfigError, SealedError
+from errors import ConfigError, ModelOffline, SealedError
+from model_files import human_size
+from utils import Verdict
 
 _DESCRIPTION = "Prepare and look after the models on a volume."
 _EPILOG = """\
@@ -55,14 +57,17 @@ def _models(args: argparse.Namespace, settings: Settings) -> Sequence[str]:
     return models
 
 
-def _places(settings: Settings) -> dict[str, Any]:
-    """Return where `utils` looks for models, and how it reaches the Hub."""
+def _here(settings: Settings) -> dict[str, Any]:
+    """Return where `utils` looks for models."""
+    return {"hub_cache": settings.hub_cache, "model_dirs": settings.model_dirs}
+
+
+def _reach(settings: Settings) -> dict[str, Any]:
+    """Return how `utils` fills the cache from the Hub."""
     return {
         "hub_cache": settings.hub_cache,
-        "model_dirs": settings.model_dirs,
         "token": settings.hf_token,
         "endpoint": settings.hf_endpoint,
-        "offline": settings.offline,
         "worker": settings.worker_id,
         "log": log,
     }
@@ -77,8 +82,51 @@ def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _fetch(args: argparse.Namespace, settings: Settings) -> int:
     for model in _models(args, settings):
-        print(utils.resolve(model, **_places(settings)).path)
+        snapshot = utils.resolve(
+            model, offline=settings.offline, **{**_here(settings), **_reach(settings)}
+        )
+        print(snapshot.path)
     return 0
+
+
+# --- verify ---
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="*", metavar="MODEL")
+    parser.add_argument(
+        "--sha256", action="store_true", help="read every file and compare it with its hash"
+    )
+    parser.add_argument(
+        "--repair", action="store_true", help="remove damaged files and fetch them again"
+    )
+
+
+def _verify(args: argparse.Namespace, settings: Settings) -> int:
+    code = 0
+    for model in _models(args, settings):
+        verdict = utils.verify(model, sha256=args.sha256, log=log, **_here(settings))
+        if verdict.faults and args.repair:
+            _print_verdict(verdict, args.sha256)
+            if settings.offline:
+                raise ModelOffline(f"{model} cannot be repaired: HF_HUB_OFFLINE is set, unset it")
+            utils.repair(model, verdict, **_reach(settings))
+            verdict = utils.verify(model, sha256=args.sha256, log=log, **_here(settings))
+        _print_verdict(verdict, args.sha256)
+        code = DAMAGED_CODE if verdict.faults else code
+    return code
+
+
+def _print_verdict(verdict: Verdict, hashed: bool) -> None:
+    snapshot = verdict.snapshot
+    for file, reason in verdict.faults.items():
+        print(f"{snapshot.name}: damaged: {file}: {reason}")
+    state = f"{len(verdict.faults)} damaged" if verdict.faults else "whole"
+    hashes = f", {verdict.hashed} of them by their hash" if hashed else ""
+    size = human_size(snapshot.bytes)
+    print(
+        f"{snapshot.name}: {state}; {verdict.files} files checked{hashes}; {size}, {snapshot.path}"
+    )
 
 
 # --- report ---
@@ -103,6 +151,7 @@ def _report(args: argparse.Namespace, settings: Settings) -> int:
 
 COMMANDS = (
     Command("fetch", "make models present and complete", _fetch_arguments, _fetch),
+    Command("verify", "say whether the files of models are whole", _verify_arguments, _verify),
     Command("report", "show the last starts side by side", _report_arguments, _report),
 )
 

@@ -20,6 +20,9 @@ from aiohttp import web
 
 PIECE_BYTES = 64 * 1024
 
+FaultKind = Literal["status", "reset", "cut", "short", "stall", "long", "flip", "slow"]
+_BREAKS_OFF = ("reset", "cut", "stall")
+
 
 @dataclass
 class Fault:
@@ -30,13 +33,17 @@ class Fault:
     cut        closes the connection properly, but after `after_bytes` of the body
     short      announces and sends a body of `after_bytes` only
     stall      sends `after_bytes` of the body and then nothing more
+    long       announces and sends a body that is `after_bytes` longer
+    flip       sends the whole body with the byte at `after_bytes` inverted
+    slow       sends the whole body, but only `bytes_per_s`
     """
 
-    kind: Literal["status", "reset", "cut", "short", "stall"]
+    kind: FaultKind
     path: str = "*"
     method: str = "*"
     times: int = 1
     after_bytes: int = 0
+    bytes_per_s: float | None = None
     status: int = 500
     headers: Mapping[str, str] = field(default_factory=dict)
 
@@ -87,9 +94,7 @@ class Hub:
         repository.branches[branch] = sha
         return sha
 
-    def fault(
-        self, kind: Literal["status", "reset", "cut", "short", "stall"], **more: object
-    ) -> Fault:
+    def fault(self, kind: FaultKind, **more: object) -> Fault:
         """Add a fault; `more` are the fields of Fault."""
         fault = Fault(kind, **more)  # type: ignore[arg-type]
         self.faults.append(fault)
@@ -233,8 +238,18 @@ class Hub:
         fault: Fault | None,
         headers: Mapping[str, str],
     ) -> web.StreamResponse:
-        if fault is not None and fault.kind == "short":
-            content = content[: fault.after_bytes]
+        bytes_per_s = self.bytes_per_s
+        match fault:
+            case Fault(kind="short"):
+                content = content[: fault.after_bytes]
+            case Fault(kind="long"):
+                content += bytes(fault.after_bytes)
+            case Fault(kind="flip"):
+                damaged = bytearray(content)
+                damaged[fault.after_bytes] ^= 0xFF
+                content = bytes(damaged)
+            case Fault(kind="slow"):
+                bytes_per_s = fault.bytes_per_s
         response = web.StreamResponse(headers=dict(headers))
         start = 0
         if (asked := request.headers.get("Range", "")).startswith("bytes="):
@@ -246,16 +261,16 @@ class Hub:
         if request.method == "HEAD":
             return response
         end = len(content)
-        if fault is not None and fault.kind != "short":
+        if fault is not None and fault.kind in _BREAKS_OFF:
             end = min(end, start + fault.after_bytes)
         with contextlib.suppress(ConnectionError):
             for at in range(start, end, PIECE_BYTES):
                 piece = content[at : min(at + PIECE_BYTES, end)]
                 await response.write(piece)
                 self.body_bytes += len(piece)
-                if self.bytes_per_s:
-                    await asyncio.sleep(len(piece) / self.bytes_per_s)
-            if fault is not None and fault.kind != "short":
+                if bytes_per_s:
+                    await asyncio.sleep(len(piece) / bytes_per_s)
+            if fault is not None and fault.kind in _BREAKS_OFF:
                 await self._break_off(request, fault)
         return response
 

@@ -1,6 +1,8 @@
 """`python utils.py COMMAND` as people run it, against a Hub on loopback."""
 
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ import pytest
 
 import utils
 from tests.hub import Hub
-from tests.test_utils import MODEL, NEEDED, TOKEN, files_of
+from tests.test_utils import MODEL, NEEDED, SHARD_1, SHARD_2, TOKEN, files_of, write_model
 
 ROOT = Path(utils.__file__).parent
 
@@ -74,6 +76,74 @@ def test_fetch_prepares_a_volume(volume: Volume, hub: Hub) -> None:
     assert hub.count("* */org/tiny/*") == 0
 
 
+def flip(path: Path, at: int) -> None:
+    """Invert one byte of a file, wherever it really lies."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 0xFF]))
+
+
+@pytest.mark.parametrize("linked", [True, False], ids=["links", "no-links"])
+def test_a_flipped_byte_is_found_and_repaired(volume: Volume, hub: Hub, linked: bool) -> None:
+    path = Path(volume.run("fetch", "org/tiny").stdout.strip())
+    if linked:
+        shutil.rmtree(volume.cache / "models--org--tiny" / "trees")
+    else:  # as on a file system without links
+        for file in NEEDED:
+            (path / file).resolve().rename(path / file)
+    flip(path / SHARD_2, 250_000)
+    flip(path / "chat_template.jinja", 0)
+    assert volume.run("verify", "org/tiny").returncode == 0, "sizes are right"
+    found = volume.run("verify", "org/tiny", "--sha256")
+    assert found.returncode == 4
+    good = hashlib.sha256(MODEL[SHARD_2]).hexdigest()
+    assert f"damaged: {SHARD_2}: its SHA-256 is " in found.stdout
+    assert f", not {good}" in found.stdout
+    assert "damaged: chat_template.jinja: its git hash is " in found.stdout
+    assert f"2 damaged; {len(NEEDED)} files checked, {len(NEEDED)} of them by" in found.stdout
+    hub.forget()
+    repaired = volume.run("verify", "org/tiny", "--sha256", "--repair")
+    assert repaired.returncode == 0, repaired.stderr
+    assert "org/tiny: whole" in repaired.stdout
+    assert hub.count("GET /cdn/*") == 1
+    assert hub.count(f"GET /cdn/*{SHARD_2}") == 1
+    assert {file: (path / file).read_bytes() for file in NEEDED} == {
+        file: MODEL[file] for file in NEEDED
+    }
+
+
+def test_damage_in_transit_is_found_by_the_hash(volume: Volume, hub: Hub) -> None:
+    """The Hub library takes a flipped byte for good, as `fetch` does: hence `--sha256`."""
+    hub.fault("flip", path=f"/cdn/*{SHARD_1}", after_bytes=100_000)
+    assert volume.run("fetch", "org/tiny").returncode == 0
+    assert volume.run("verify", "org/tiny", "--sha256").returncode == 4
+    assert volume.run("verify", "org/tiny", "--sha256", "--repair").returncode == 0
+
+
+def test_damage_that_sizes_show_is_repaired_without_hashing(volume: Volume, hub: Hub) -> None:
+    path = Path(volume.run("fetch", "org/tiny").stdout.strip())
+    os.truncate(path / SHARD_1, 1000)
+    found = volume.run("verify", "org/tiny")
+    assert found.returncode == 4
+    assert f"damaged: {SHARD_1}: 1000 of {len(MODEL[SHARD_1])} bytes" in found.stdout
+    refused = volume.run("verify", "org/tiny", "--repair", HF_HUB_OFFLINE="1")
+    assert (refused.returncode, "unset it" in refused.stderr) == (1, True)
+    assert volume.run("verify", "org/tiny", "--repair").returncode == 0
+
+
+def test_a_folder_is_verified_but_never_repaired(volume: Volume, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "models" / "org" / "tiny")
+    whole = volume.run("verify", "org/tiny", "--sha256", MODEL_DIRS=str(tmp_path / "models"))
+    assert whole.returncode == 0
+    assert "files checked, 0 of them by their hash" in whole.stdout
+    (folder / SHARD_1).unlink()
+    refused = volume.run("verify", str(folder), "--repair")
+    assert refused.returncode == 1
+    assert "copy the damaged files again" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "environ", "code", "says"),
     [
@@ -81,6 +151,7 @@ def test_fetch_prepares_a_volume(volume: Volume, hub: Hub) -> None:
         (("fetch", "org/tiny"), {"HF_HUB_OFFLINE": "perhaps"}, 3, "HF_HUB_OFFLINE is neither"),
         (("fetch", "org/gated"), {}, 1, "accept its licence"),
         (("fetch", "org/nothing"), {}, 1, "no model org/nothing"),
+        (("verify", "org/tiny"), {}, 1, "nothing of org/tiny here; fetch it first"),
         (("feched",), {}, 2, "invalid choice"),
         ((), {}, 2, "required: COMMAND"),
     ],
