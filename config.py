@@ -223,6 +223,8 @@ SETTINGS = (
     ),
 )
 
+_START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+
 # Names of the official worker that people bring along.
 _FOREIGN = {
     "MODEL_NAME": "MODELS",
@@ -339,6 +341,19 @@ def prepare_hub(environ: MutableMapping[str, str], settings: Settings) -> None:
     """Point the Hub's library of every process at the model cache."""
     environ["HF_HOME"] = str(settings.hf_home)
     environ["HF_HUB_CACHE"] = str(settings.hub_cache)
+
+
+def prepare_engine_processes(environ: MutableMapping[str, str], *, fork: bool, cpu: bool) -> None:
+    """Let vLLM fork its engine core from this process, which has vLLM imported already, or not.
+
+    Forking is vLLM's default and saves the core importing it all again. Its CPU engine asks for
+    new processes for the sake of OpenMP, which only the core's own child computes with.
+    """
+    if not fork:
+        environ[_START_METHOD] = "spawn"
+    elif cpu:
+        environ[_START_METHOD] = "fork"
+        os.register_at_fork(after_in_child=lambda: environ.update({_START_METHOD: "spawn"}))
 
 
 def environment() -> MutableMapping[str, str]:

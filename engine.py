@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import re
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,6 +26,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.renderers.params import ChatParams
@@ -34,6 +36,7 @@ from vllm.v1.executor import Executor
 
 from asgi import AsgiCall
 from chat import ChatReader, chat_call, unfinished
+from config import environment, prepare_engine_processes
 from engine_adapters import Adapter
 from engine_options import serve_args
 from engine_sampling import choice_details, parameter_of, prompt_logprobs, sampling_params
@@ -203,6 +206,12 @@ class Engine:
             config = AsyncEngineArgs.from_cli_args(self.args).create_engine_config()
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise ConfigError([f"vLLM does not accept these settings: {error}"]) from error
+        # A thread's process would inherit what other threads hold at that moment.
+        prepare_engine_processes(
+            environment(),
+            fork=threading.current_thread() is threading.main_thread(),
+            cpu=current_platform.is_cpu(),
+        )
         try:
             self.llm = TrackedLLM(
                 vllm_config=config,

@@ -105,8 +105,8 @@ class Preparation:
 
     def finish(self) -> None:
         """End the child, whatever it still reads, and take in what it has told."""
-        with contextlib.suppress(OSError):
-            self._input.close()
+        # Not by closing its input: an engine core that was forked meanwhile holds that, too.
+        self._child.terminate()
         self._reader.join()
         self._child.wait()
 
