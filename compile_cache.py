@@ -75,9 +75,7 @@ class LocalFolder:
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for number in itertools.count():
             self.path = parent / str(number)
-            self._lock = os.open(
-                parent / f"{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-            )
+            self._lock = os.open(parent / f"{number}.lock", os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
