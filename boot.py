@@ -1,7 +1,7 @@
 """From the environment to a loaded engine, as fast as the machine allows.
 
     own settings → preparation (a process: models on disk) ┐
-                   vLLM imported, its options checked      ├→ the engine
+                   vLLM imported, its options checked      ├→ what is compiled already → the engine
                    the SDK imported                        ┘
 
 Owns that order, the record of where the time went, and that every fault is told at once. The
@@ -10,20 +10,24 @@ handler and the job loop are rp_handler.py's.
 
 import logging
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import compile_key
 import config
 import engine_adapters
 import engine_phases
+from compile_cache import CompileCache, LocalFolder
 from config import Settings
 from crypto import KeyRing
 from engine_adapters import Family
 from errors import ConfigError
 from preparation import Job, Preparation
 from readiness import Readiness
+from utils import Snapshot
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -41,6 +45,7 @@ class Booted:
     engine: "Engine"
     readiness: Readiness
     preparation: Preparation
+    compile_cache: CompileCache | None
 
     def ready(self) -> None:
         """Tell and keep the record of this start; the worker takes jobs from now on."""
@@ -53,6 +58,9 @@ class Booted:
             readiness.keep(self.settings.records, self.settings.worker_id)
         except OSError as error:
             log.warning("the record of this start is not kept: %s", error.strerror)
+        if self.compile_cache:
+            # A daemon: an end that comes before it is done does not wait for it.
+            threading.Thread(target=self.compile_cache.publish, args=(log,), daemon=True).start()
 
 
 def boot(environ: Mapping[str, str]) -> Booted:
@@ -62,6 +70,7 @@ def boot(environ: Mapping[str, str]) -> Booted:
     early, _ = config.read(environ, ())
     config.prepare_hub(config.environment(), early)
     preparation = _prepare(early, readiness)
+    local = _local_folder(environ, early)
     with tempfile.NamedTemporaryFile(prefix="sealed-vllm-start-") as phases:
         config.environment()[engine_phases.VARIABLE] = phases.name
         with readiness.phase("imports"):
@@ -71,6 +80,7 @@ def boot(environ: Mapping[str, str]) -> Booted:
         snapshots = preparation.snapshots()
         # The first one's names are the operator's to choose; the others keep their own.
         families = engine_adapters.families(snapshots)
+        compile_cache = _hydrated(local, settings, keys, snapshots[0], readiness) if local else None
         with readiness.phase("engine core"):
             engine = load(families[0], settings.served_model_name, settings)
         for name, (began_at, ended_at) in engine_phases.noted(Path(phases.name)).items():
@@ -83,7 +93,7 @@ def boot(environ: Mapping[str, str]) -> Booted:
     }
     for key in keys:
         log.info("key %s%s", key.id, f" ({key.name})" if key.name else "")
-    return Booted(settings, keys, engine, readiness, preparation)
+    return Booted(settings, keys, engine, readiness, preparation, compile_cache)
 
 
 def load(family: Family, names: Sequence[str], settings: Settings) -> "Engine":
@@ -113,6 +123,37 @@ def _prepare(settings: Settings, readiness: Readiness) -> Preparation:
         ),
         readiness,
     )
+
+
+def _local_folder(environ: Mapping[str, str], settings: Settings) -> LocalFolder | None:
+    """Claim this process's folder for what is compiled, and point vLLM at it."""
+    parent = config.local_compile_folder(environ, settings)
+    if parent is None:
+        return None
+    try:
+        local = LocalFolder(parent)
+    except OSError as error:
+        log.warning("what is compiled is not kept: %s: %s", parent, error.strerror)
+        return None
+    variables = local.environment()
+    config.prepare_compiling(config.environment(), variables, cpu=compile_key.on_cpu())
+    return local
+
+
+def _hydrated(
+    local: LocalFolder, settings: Settings, keys: KeyRing, model: Snapshot, readiness: Readiness
+) -> CompileCache:
+    """Fill the local folder with what earlier workers have compiled for the model."""
+    cache = CompileCache(
+        local.path,
+        settings.compile_archives,
+        compile_key.key_of(model.name, model.path, model.revision, settings.engine_options),
+        [key.local_secret("compile cache") for key in keys],
+    )
+    with readiness.phase("compile cache") as facts:
+        if found := cache.hydrate(log):
+            facts |= {"source": found.source, "files": found.files, "bytes": found.bytes}
+    return cache
 
 
 def _checked(environ: Mapping[str, str], options: "EngineOptions") -> tuple[Settings, KeyRing]:

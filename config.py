@@ -42,6 +42,7 @@ class Settings:
     max_ttl_s: int = DEFAULT_MAX_TTL_S
     clock_skew_s: int = DEFAULT_CLOCK_SKEW_S
     stream_interval_ms: int = 0
+    compile_cache: bool = True
     endpoint_id: str = ""
     worker_id: str = ""
     engine_options: Mapping[str, str] = field(default_factory=dict)
@@ -61,6 +62,11 @@ class Settings:
         """The records of past starts."""
         return self.own_folder / "starts"
 
+    @property
+    def compile_archives(self) -> Path:
+        """What workers have compiled, for each other."""
+        return self.own_folder / "compile"
+
 
 def _text(text: str) -> str:
     return text
@@ -74,12 +80,15 @@ def _paths(text: str) -> tuple[Path, ...]:
     return tuple(Path(item.strip()) for item in re.split("[:,]", text) if item.strip())
 
 
+_TRUE = ("true", "1", "yes", "on")
+_FALSE = ("false", "0", "no", "off")
+
+
 def _flag(text: str) -> bool:
-    match text.lower():
-        case "true" | "1" | "yes" | "on":
-            return True
-        case "false" | "0" | "no" | "off":
-            return False
+    if text.lower() in _TRUE:
+        return True
+    if text.lower() in _FALSE:
+        return False
     raise ValueError("is neither true nor false")
 
 
@@ -206,6 +215,13 @@ SETTINGS = (
         _integer(0, 60_000),
         "0",
         "paced mode: one chunk of constant size every so many milliseconds; 0 is off",
+    ),
+    Setting(
+        "COMPILE_CACHE",
+        "compile_cache",
+        _flag,
+        "true",
+        "keep what vLLM compiles at a start on the volume, for the next one",
     ),
     Setting(
         "RUNPOD_ENDPOINT_ID",
@@ -354,6 +370,27 @@ def prepare_engine_processes(environ: MutableMapping[str, str], *, fork: bool, c
     elif cpu:
         environ[_START_METHOD] = "fork"
         os.register_at_fork(after_in_child=lambda: environ.update({_START_METHOD: "spawn"}))
+
+
+def local_compile_folder(environ: Mapping[str, str], settings: Settings) -> Path | None:
+    """Return where the local disk keeps what is compiled; None where nothing is compiled or kept.
+
+    Known before vLLM is imported, unlike its engine arguments.
+    """
+    if not settings.compile_cache or environ.get("ENFORCE_EAGER", "").strip().lower() in _TRUE:
+        return None
+    cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "sealed-vllm" / "compile"
+
+
+def prepare_compiling(
+    environ: MutableMapping[str, str], folders: Mapping[str, str], *, cpu: bool
+) -> None:
+    """Point everything that compiles at its folder; call before vLLM is imported."""
+    environ.update(folders)
+    if cpu:
+        # On a CPU, vLLM 0.32 fails to load what it has compiled ahead of time, and compiles again.
+        environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
 
 
 def environment() -> MutableMapping[str, str]:

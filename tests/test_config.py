@@ -63,6 +63,7 @@ def test_what_must_be_set_is_missed_all_at_once() -> None:
         ("MAX_TTL_S", "60", "max_ttl_s", 60),
         ("CLOCK_SKEW_S", "0", "clock_skew_s", 0),
         ("STREAM_INTERVAL_MS", "100", "stream_interval_ms", 100),
+        ("COMPILE_CACHE", "false", "compile_cache", False),
         ("RUNPOD_ENDPOINT_ID", "other", "endpoint_id", "other"),
         ("RUNPOD_POD_ID", "pod-1", "worker_id", "pod-1"),
     ],
@@ -255,3 +256,34 @@ def test_a_quieter_log_is_left_quiet(level: str) -> None:
     config.prepare_libraries(environ, Path("/logging.json"))
     assert environ["VLLM_LOGGING_LEVEL"] == level
     assert environ["RUNPOD_LOG_LEVEL"] == "ERROR"
+
+
+@pytest.mark.parametrize(
+    ("environ", "folder"),
+    [
+        ({"XDG_CACHE_HOME": "/cache"}, Path("/cache/sealed-vllm/compile")),
+        ({"XDG_CACHE_HOME": "/cache", "ENFORCE_EAGER": "no"}, Path("/cache/sealed-vllm/compile")),
+        ({"ENFORCE_EAGER": "True"}, None),
+        ({"COMPILE_CACHE": "off"}, None),
+    ],
+)
+def test_what_is_compiled_is_kept_unless_nothing_is_or_it_is_switched_off(
+    environ: dict[str, str], folder: Path | None
+) -> None:
+    settings, _ = config.read(environ, ())
+    assert config.local_compile_folder(environ, settings) == folder
+
+
+def test_what_compiles_is_told_its_folder_and_not_to_compile_ahead_on_a_cpu() -> None:
+    for environ, cpu, expected in (
+        ({"VLLM_CACHE_ROOT": "/old"}, False, {"VLLM_CACHE_ROOT": "/new"}),
+        ({}, True, {"VLLM_CACHE_ROOT": "/new", "VLLM_USE_AOT_COMPILE": "0"}),
+        (
+            {"VLLM_USE_AOT_COMPILE": "1"},
+            True,
+            {"VLLM_CACHE_ROOT": "/new", "VLLM_USE_AOT_COMPILE": "1"},
+        ),
+    ):
+        told = dict(environ)
+        config.prepare_compiling(told, {"VLLM_CACHE_ROOT": "/new"}, cpu=cpu)
+        assert told == expected
