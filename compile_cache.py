@@ -38,6 +38,15 @@ _ENVIRONMENT = {
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TRITON_CACHE_DIR": "triton",
 }
+# Not all of vLLM's folder: there it also notes how one host's GPUs are connected, and downloads.
+_ARTEFACTS = (
+    "vllm/torch_compile_cache",
+    "vllm/modelinfos",
+    "vllm/deep_gemm",
+    "vllm/flashinfer_autotune_cache",
+    "inductor",
+    "triton",
+)
 _READY = "ready"
 
 Files = dict[str, int]
@@ -216,9 +225,9 @@ class CompileCache:
                 entry.unlink()
 
     def _files(self) -> Files:
-        """Return the artefacts: regular files of the three folders that hold something."""
+        """Return the artefacts: regular files of certain folders."""
         found = {}
-        for part in _ENVIRONMENT.values():
+        for part in _ARTEFACTS:
             for folder, _, names in os.walk(self._local / part):
                 for name in names:
                     path = Path(folder, name)

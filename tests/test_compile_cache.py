@@ -114,7 +114,9 @@ def test_more_than_was_found_is_published_again(first: Worker, tmp_path: Path) -
 
 
 def test_only_artefacts_are_published(tmp_path: Path) -> None:
-    first = Worker(tmp_path).compiles({**MADE, "stray": b"", "home/secret": b"secret"})
+    first = Worker(tmp_path).compiles(
+        {**MADE, "stray": b"", "home/secret": b"", "vllm/gpu_p2p_access_cache_for_0,1.json": b""}
+    )
     (first.local / "inductor/link").symlink_to("/etc/passwd")
     os.mkfifo(first.local / "inductor/pipe")
     first.ready()
