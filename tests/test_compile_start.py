@@ -32,10 +32,10 @@ def phases(worker: RunningWorker) -> dict[str, dict[str, Any]]:
     return {phase["name"]: phase for phase in json.loads(line.partition("start=")[2])["phases"]}
 
 
-def compiled(worker: RunningWorker) -> set[str]:
-    """Return the machine code on the worker's local disk."""
+def compiled(worker: RunningWorker) -> dict[str, int]:
+    """Return the machine code on the worker's local disk, and when it was made."""
     local = worker.folder / "XDG_CACHE_HOME/sealed-vllm/compile/0/inductor"
-    return {str(path.relative_to(local)) for path in local.rglob("*.so")}
+    return {str(path.relative_to(local)): int(path.stat().st_mtime) for path in local.rglob("*.so")}
 
 
 def test_a_second_worker_compiles_nothing_again(tmp_path: Path) -> None:
@@ -50,5 +50,5 @@ def test_a_second_worker_compiles_nothing_again(tmp_path: Path) -> None:
     with started(tmp_path, "second", **settings) as second:
         assert made and compiled(second) == made
         assert phases(second)["compile cache"]["files"] >= len(made)
-        # About five times; the machine may be busy with something else.
-        assert phases(second)["compile"]["took_s"] < took_s / 1.5
+        # Two to six times, depending on what else the machine does.
+        assert phases(second)["compile"]["took_s"] < took_s
