@@ -193,9 +193,24 @@ def remove_orphans(storage: Path, now: float, age_s: float, log: logging.Logger)
     return freed
 
 
-def lock_folder(repo: Repo, cache: Path) -> Path:
+def storages(cache: Path) -> list[Path]:
+    """Return the folders of the repositories of which a cache holds something."""
+    return sorted(path for path in cache.glob("models--*") if path.is_dir())
+
+
+def repo_id_of(storage: Path) -> str:
+    """Return the name of the repository that a folder of the cache belongs to."""
+    return storage.name.removeprefix("models--").replace("--", "/")
+
+
+def lock_folder_of(storage: Path) -> Path:
     """Return where the Hub library keeps a repository's locks, and we its lease."""
-    return cache / ".locks" / repo.storage_name
+    return storage.parent / ".locks" / storage.name
+
+
+def lock_folder(repo: Repo, cache: Path) -> Path:
+    """Return the same of a repository that may not be there yet."""
+    return lock_folder_of(cache / repo.storage_name)
 
 
 def remove_locks(repo: Repo, cache: Path) -> None:

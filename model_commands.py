@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import config
+import model_janitor
+import model_lease
 import readiness
 import readiness_report
 import utils
 from config import Settings
 from errors import ConfigError, ModelOffline, SealedError
+from model_cache import Repo, lock_folder_of, repo_id_of
 from model_files import human_size
 from utils import Verdict
 
@@ -149,9 +152,69 @@ def _report(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+# --- janitor ---
+
+
+def _janitor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--remove", action="store_true", help="remove it; without this, only look")
+    parser.add_argument(
+        "--unused",
+        action="store_true",
+        help="also the snapshots that no branch stands for and MODELS does not name by commit",
+    )
+
+
+def _janitor(args: argparse.Namespace, settings: Settings) -> int:
+    found = list(model_janitor.left_by_the_dead(settings.hub_cache))
+    if args.unused:
+        found += model_janitor.unused(
+            settings.hub_cache, {model.rpartition("@")[2] for model in settings.models}
+        )
+    for litter in found:
+        print(f"{litter.repo_id}: {litter.what}, {human_size(litter.bytes)}")
+        if args.remove:
+            litter.remove()
+    size = human_size(sum(litter.bytes for litter in found))
+    if not found:
+        print(f"nothing to remove in {settings.hub_cache}")
+    elif args.remove:
+        print(f"removed, {size} freed")
+    else:
+        print(f"nothing was removed; --remove frees {size}")
+    return 0
+
+
+# --- lease ---
+
+
+def _lease_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="*", metavar="MODEL", help="without one: all that are held")
+    parser.add_argument("--release", action="store_true", help="take the leases from their holders")
+
+
+def _lease(args: argparse.Namespace, settings: Settings) -> int:
+    cache = settings.hub_cache
+    if args.release and not args.model:
+        raise ConfigError(["name the models whose leases are to be released"])
+    names = [cache / Repo.parse(model).storage_name for model in args.model]
+    for storage in names or [cache / path.name for path in (cache / ".locks").glob("models--*")]:
+        folder, name = lock_folder_of(storage), repo_id_of(storage)
+        silent_s = model_lease.silence_s(folder)
+        if args.release and (holder := model_lease.take_away(folder)):
+            print(f"{name}: taken from {holder}")
+        elif silent_s is not None:
+            holder = model_lease.holder_of(model_lease.leases(folder)[-1])
+            print(f"{name}: {holder}, seen {silent_s:.0f} s ago")
+        elif names:
+            print(f"{name}: nobody holds it")
+    return 0
+
+
 COMMANDS = (
     Command("fetch", "make models present and complete", _fetch_arguments, _fetch),
     Command("verify", "say whether the files of models are whole", _verify_arguments, _verify),
+    Command("janitor", "find what may go from the volume", _janitor_arguments, _janitor),
+    Command("lease", "say who downloads what", _lease_arguments, _lease),
     Command("report", "show the last starts side by side", _report_arguments, _report),
 )
 

@@ -203,6 +203,27 @@ def holder_of(path: Path) -> Holder:
         return UNKNOWN
 
 
+def silence_s(folder: Path) -> float | None:
+    """Return for how long the holder in a folder has not shown that it lives; None without one."""
+    try:
+        mtime = leases(folder)[-1].stat().st_mtime
+    except (IndexError, FileNotFoundError):
+        return None
+    return max(0.0, (server_time(folder) or time.time()) - mtime)
+
+
+def take_away(folder: Path) -> Holder | None:
+    """Remove the lease in a folder, for a person who knows better; return whose it was.
+
+    A living holder loses it at its next heartbeat, stops and asks for it anew.
+    """
+    held = leases(folder)
+    holder = holder_of(held[-1]) if held else None
+    for path in held:
+        path.unlink(missing_ok=True)
+    return holder
+
+
 def server_time(folder: Path) -> float | None:
     """Return the time by the clock that stamps the files of a folder; None where none can be."""
     clock = folder / _CLOCK

@@ -1,18 +1,24 @@
 """`python utils.py COMMAND` as people run it, against a Hub on loopback."""
 
 import hashlib
+import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import utils
+from model_files import human_size
+from model_lease import Claim, Pace
 from tests.hub import Hub
 from tests.test_utils import MODEL, NEEDED, SHARD_1, SHARD_2, TOKEN, files_of, write_model
+from tests.wait import until
 
 ROOT = Path(utils.__file__).parent
 
@@ -142,6 +148,79 @@ def test_a_folder_is_verified_but_never_repaired(volume: Volume, tmp_path: Path)
     refused = volume.run("verify", str(folder), "--repair")
     assert refused.returncode == 1
     assert "copy the damaged files again" in refused.stderr
+
+
+def test_the_janitor_removes_what_the_dead_left_and_nothing_else(volume: Volume, hub: Hub) -> None:
+    path = Path(volume.run("fetch", "org/tiny").stdout.strip())
+    assert "nothing to remove" in volume.run("janitor").stdout
+    blobs, locks = path.parent.parent / "blobs", volume.cache / ".locks" / "models--org--tiny"
+    (blobs / "young.incomplete").write_bytes(b"x" * 1000)
+    (locks / "young.lock").touch()
+    old = [blobs / "old.incomplete", locks / "old.lock", locks / "lease.3"]
+    for file in old:
+        file.write_bytes(b"x" * 5000)
+        os.utime(file, (time.time() - 7200,) * 2)
+    looked = volume.run("janitor").stdout
+    assert "org/tiny: unfinished download, 5.00 kB" in looked
+    assert "org/tiny: lease" in looked
+    assert "nothing was removed; --remove frees 5.00 kB" in looked
+    assert all(file.exists() for file in old)
+    assert "removed, 5.00 kB freed" in volume.run("janitor", "--remove").stdout
+    assert not any(file.exists() for file in old)
+    assert (blobs / "young.incomplete").exists()
+    assert (locks / "young.lock").exists()
+    assert volume.run("verify", "org/tiny", "--sha256").returncode == 0
+
+
+def test_the_janitor_removes_unused_snapshots_when_asked(volume: Volume, hub: Hub) -> None:
+    shards = {SHARD_1: MODEL[SHARD_1], SHARD_2: MODEL[SHARD_2][:-10] + b"0123456789"}
+    old = hub.add("org/moving", {**MODEL, **shards})
+    volume.run("fetch", f"org/moving@{old}")
+    new = hub.add("org/moving", MODEL)
+    volume.run("fetch", "org/moving")
+    assert "nothing to remove" in volume.run("janitor").stdout
+    looked = volume.run("janitor", "--unused").stdout
+    # Of the two shards, one belongs to both revisions.
+    freed = human_size(len(MODEL[SHARD_2]))
+    assert f"org/moving: snapshot {old[:7]} that no branch stands for, {freed}" in looked
+    named = volume.run("janitor", "--unused", "--remove", MODELS=f"org/moving@{old}")
+    assert "nothing to remove" in named.stdout, "it is in use by its commit"
+    assert f"{freed} freed" in volume.run("janitor", "--unused", "--remove").stdout
+    snapshots = volume.cache / "models--org--moving" / "snapshots"
+    assert [path.name for path in snapshots.iterdir()] == [new]
+    assert volume.run("verify", "org/moving", "--sha256").returncode == 0
+
+
+def test_leases_are_shown_and_released(volume: Volume, hub: Hub) -> None:
+    assert volume.run("lease").stdout == ""
+    folder = volume.cache / ".locks" / "models--org--tiny"
+    lease = Claim(folder, "w1", Pace(0.1, 60), logging.getLogger()).take()
+    assert lease is not None
+    with lease:
+        shown = volume.run("lease").stdout
+        assert shown.startswith(f"org/tiny: worker w1 on {socket.gethostname()} (pid {os.getpid()}")
+        assert "seen 0 s ago" in shown
+        assert volume.run("lease", "--release").returncode == 3
+        taken = volume.run("lease", "--release", "org/tiny")
+        assert taken.stdout.startswith("org/tiny: taken from worker w1")
+        until(lambda: lease.lost)
+    assert volume.run("lease", "org/tiny").stdout == "org/tiny: nobody holds it\n"
+
+
+def test_an_interrupted_fetch_gives_its_lease_back(volume: Volume, hub: Hub) -> None:
+    hub.fault("stall", path=f"/cdn/*{SHARD_2}", after_bytes=280_000)
+    command = [sys.executable, "utils.py", "fetch", "org/tiny"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=volume.environ, stderr=subprocess.PIPE, text=True
+    ) as process:
+        until(lambda: hub.body_bytes > 400_000)
+        assert "pid" in volume.run("lease", "org/tiny").stdout
+        process.terminate()
+        assert process.wait(10) == 143
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+    assert "nobody holds it" in volume.run("lease", "org/tiny").stdout
+    assert list(volume.cache.rglob("*.incomplete")) == []
 
 
 @pytest.mark.parametrize(

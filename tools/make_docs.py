@@ -51,6 +51,7 @@ GROUPS = {
         "model_hashes",
         "model_download",
         "model_lease",
+        "model_janitor",
         "model_progress",
         "model_failures",
         "hub_download",
