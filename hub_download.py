@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
-from model_cache import Repo
+from model_cache import HUB, Repo
 from model_files import select_files, weights
 from model_lease import Pace
 from model_progress import Plan, Progress
@@ -75,8 +76,9 @@ class Hub:
 class Failure:
     """Why a download ended early.
 
-    `kind` is one of network, busy, stalled, died, incomplete (which may pass), lost (it is another
-    worker's turn now), and gated, token, forbidden, refused, repository, revision, entry, weights,
+    `kind` is one of network, busy, stalled, died, incomplete, expired (refused by where the files
+    are stored, whose addresses are signed for a while), which may pass; lost (it is another
+    worker's turn now); and gated, token, forbidden, refused, repository, revision, entry, weights,
     room, unwritable, unexpected.
     `detail` may quote the Hub and needs redaction before it is shown.
     """
@@ -223,7 +225,7 @@ def _child_main() -> None:
     try:
         _fetch(job, say)
     except Exception as error:
-        say(failure=_diagnose(error))
+        say(failure=_diagnose(error, job["endpoint"] or HUB))
     else:
         say(done=True)
     os._exit(0)
@@ -312,7 +314,7 @@ def _relay_waits(say: Callable[..., None]) -> None:
     logging.getLogger("huggingface_hub").addHandler(Relay())
 
 
-def _diagnose(error: BaseException) -> dict[str, Any]:
+def _diagnose(error: BaseException, endpoint: str = HUB) -> dict[str, Any]:
     """Say what an exception of huggingface_hub 2.4 means; its cause counts, not its wrapping."""
     from huggingface_hub import errors as hub
 
@@ -349,6 +351,8 @@ def _diagnose(error: BaseException) -> dict[str, Any]:
                 after = str(cause.response.headers.get("Retry-After", ""))
                 wait_s = min(300.0, float(after)) if after.isdecimal() else 0.0
                 return verdict("busy", cause, retry_after_s=wait_s)
+            if urlsplit(str(cause.response.url)).netloc != urlsplit(endpoint).netloc:
+                return verdict("expired", cause)
             return verdict({401: "token", 403: "forbidden"}.get(status, "refused"), cause)
     # What remains of these is the network's: the HTTP library beneath the Hub's has changed before
     # (requests, httpx, httpx2), and hf_xet raises plain OSError and RuntimeError.

@@ -23,7 +23,7 @@ from model_files import listed
 from model_lease import Claim, Lease, server_time
 from model_progress import Plan, Progress
 
-_WORTH_RETRYING = ("network", "busy", "stalled", "died", "incomplete")
+_WORTH_RETRYING = ("network", "busy", "stalled", "died", "incomplete", "expired")
 _LOOK_EVERY_S = 0.5
 
 

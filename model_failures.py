@@ -37,6 +37,11 @@ def error_of(
                 f"{page} with that account; a fine-grained token also needs the permission to "
                 f"read public gated repositories ({tokens})"
             )
+        case "token" if hub.token is None:
+            return ModelGated(
+                f"the Hub shows {name} to nobody without a token (401): set HF_TOKEN to one of an "
+                f"account that may read it ({tokens})"
+            )
         case "token":
             return ModelGated(
                 "the Hub refuses HF_TOKEN (401), it is wrong, expired or revoked: make a new one "
@@ -80,7 +85,7 @@ def error_of(
                 f"{name} is still incomplete after {attempts} downloads ({detail}): what the Hub "
                 f"serves does not match its own listing; try another revision of {page}"
             )
-        case "network" | "busy" | "stalled" | "died":
+        case "network" | "busy" | "stalled" | "died" | "expired":
             return ModelOffline(
                 f"{name} could not be downloaded from {hub.endpoint or HUB}, "
                 f"{explained(failure, hub.token)}: check the network and HF_ENDPOINT and start "
@@ -98,6 +103,7 @@ def explained(failure: Failure, token: str | None) -> str:
         "stalled": "the download stalled",
         "died": "the download process died",
         "incomplete": "files came incomplete",
+        "expired": "the address of a file was refused",
     }[failure.kind]
     return f"{what} ({_plain(failure.detail, token)})"
 
