@@ -25,6 +25,7 @@ from config import Settings
 from crypto import KeyRing
 from engine_adapters import Family
 from errors import ConfigError
+from model_needs import OPTION_NAMES
 from preparation import Job, Preparation
 from readiness import Readiness
 from utils import Snapshot
@@ -67,7 +68,7 @@ def boot(environ: Mapping[str, str]) -> Booted:
     """Return a loaded engine and what belongs to it; ConfigError or ModelError with every fault."""
     readiness = Readiness()
     # vLLM's options are not known before its import; its own settings are enough to begin.
-    early, _ = config.read(environ, ())
+    early, _ = config.read(environ, (*OPTION_NAMES, "LOAD_FORMAT"))
     config.prepare_hub(config.environment(), early)
     preparation = _prepare(early, readiness)
     local = _local_folder(environ, early)
@@ -120,6 +121,8 @@ def _prepare(settings: Settings, readiness: Readiness) -> Preparation:
             endpoint=settings.hf_endpoint,
             offline=settings.offline,
             worker=settings.worker_id,
+            options=settings.engine_options,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
         ),
         readiness,
     )
@@ -159,7 +162,7 @@ def _hydrated(
 def _checked(environ: Mapping[str, str], options: "EngineOptions") -> tuple[Settings, KeyRing]:
     """Return the settings and the keys, or raise ConfigError with every fault of both."""
     settings, faults = config.read(environ, options.names())
-    faults += options.faults(settings.engine_options)
+    faults += options.faults(settings.engine_options, settings.models[:1])
     if settings.encryption_key:
         try:
             keys = KeyRing.parse(settings.encryption_key)

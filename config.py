@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -261,11 +261,7 @@ def read(
     `engine_options`, checked elsewhere. No value is ever quoted.
     """
     options = frozenset(option_names) - {setting.name for setting in SETTINGS}
-    settings, faults = read_for_models(environ, volume)
-    engine_options = {
-        name: environ[name].strip() for name in sorted(options) if environ.get(name, "").strip()
-    }
-    settings = replace(settings, engine_options=engine_options)
+    settings, faults = read_for_models(environ, options, volume)
     if not settings.models:
         faults.append("MODELS is not set: name a model of the Hub, such as org/name, or a folder")
     if not settings.encryption_key:
@@ -278,9 +274,9 @@ def read(
 
 
 def read_for_models(
-    environ: Mapping[str, str], volume: Path = VOLUME
+    environ: Mapping[str, str], option_names: Iterable[str] = (), volume: Path = VOLUME
 ) -> tuple[Settings, list[str]]:
-    """Return the settings for work on models alone: nothing is required, vLLM's are left out."""
+    """Return the settings for work on models alone, of which nothing is required."""
     values: dict[str, Any] = {}
     faults: list[str] = []
     for setting in SETTINGS:
@@ -292,6 +288,11 @@ def read_for_models(
         except ValueError as error:
             faults.append(f"{setting.name} {error}")
     values.setdefault("hf_home", default_hf_home(environ, volume))
+    values["engine_options"] = {
+        name: environ[name].strip()
+        for name in sorted(option_names)
+        if environ.get(name, "").strip()
+    }
     return Settings(**values), faults
 
 

@@ -11,18 +11,16 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import NoReturn, get_args
 
-import psutil
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+import engine_loading
+import machine_memory
 from engine_adapters import Adapter
 from errors import ConfigError
-
-CPU_KV_CACHE_SHARE = 0.15
-"""Share of a CPU machine's memory given to the KV cache unless a setting says otherwise."""
 
 MAX_LORAS = 8
 """For how many adapters the device has room at once unless a setting says otherwise."""
@@ -101,11 +99,13 @@ class EngineOptions:
             _parser().parse_args(words)
         except (_OptionError, argparse.ArgumentError, ValueError, TypeError) as error:
             raise ValueError(_plain(str(error))) from None
+        if action.dest == "load_format" and (fault := engine_loading.format_fault(text)):
+            raise ValueError(fault)
         return words
 
-    def faults(self, options: Mapping[str, str]) -> list[str]:
-        """Return a sentence for each option that is wrong."""
-        faults = []
+    def faults(self, options: Mapping[str, str], models: Sequence[str] = ()) -> list[str]:
+        """Return a sentence for each option that is wrong, and each model that cannot be loaded."""
+        faults = [fault for model in models if (fault := engine_loading.model_fault(model))]
         for name, text in options.items():
             try:
                 self.argv(name, text)
@@ -188,7 +188,8 @@ def serve_args(
 ) -> argparse.Namespace:
     """Return vLLM's parsed arguments; ConfigError names every option that is wrong."""
     typed = EngineOptions()
-    if faults := typed.faults(options) or adapter_faults(adapters, served_model_names, options):
+    faults = typed.faults(options, [model])
+    if faults := faults or adapter_faults(adapters, served_model_names, options):
         raise ConfigError(faults)
     options = {**lora_options(adapters), **options}
     argv = [word for name, text in options.items() for word in typed.argv(name, text)]
@@ -198,9 +199,10 @@ def serve_args(
         argv += ["--disable-log-stats"]  # 2 to 5 µs per token, for figures that nobody reads here
     if current_platform.is_cpu() and "KV_CACHE_MEMORY_BYTES" not in options:
         # vLLM would take gpu_memory_utilization of all memory, and fail where that is not free.
-        argv += [
-            f"--kv-cache-memory-bytes={int(CPU_KV_CACHE_SHARE * psutil.virtual_memory().total)}"
-        ]
+        share = int(machine_memory.CPU_KV_CACHE_SHARE * machine_memory.total_bytes())
+        argv += [f"--kv-cache-memory-bytes={share}"]
+    if strategy := engine_loading.strategy(model, options):
+        argv += [f"--safetensors-load-strategy={strategy}"]
     args = _parser().parse_args(argv)
     try:
         validate_parsed_serve_args(args)

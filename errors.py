@@ -7,7 +7,8 @@ SealedError
 │   ├── ModelGated            access must be granted, or the token is wrong
 │   ├── ModelOffline          not in the cache and the Hub cannot be reached
 │   ├── ModelIncomplete       files are missing, truncated or of the wrong size
-│   └── DiskFull              the volume has no room; says how many GB are needed
+│   ├── DiskFull              the volume has no room; says how many GB are needed
+│   └── ModelTooLarge         the devices have no room; says what it takes and what to change
 ├── RequestError            an opened request that cannot be served; becomes an OpenAI error
 │   └── EngineDead            the engine process died; this worker will exit
 ├── RecordError             a submitted job's record cannot be written or used (client side)
@@ -80,6 +81,10 @@ class ModelIncomplete(ModelError):
 
 class DiskFull(ModelError):
     """The volume has no room for the model."""
+
+
+class ModelTooLarge(ModelError):
+    """The memory of the devices has no room for the model with these settings."""
 
 
 class RequestError(SealedError):

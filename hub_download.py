@@ -225,7 +225,7 @@ def _child_main() -> None:
     try:
         _fetch(job, say)
     except Exception as error:
-        say(failure=_diagnose(error, job["endpoint"] or HUB))
+        say(failure=diagnose(error, job["endpoint"] or HUB))
     else:
         say(done=True)
     os._exit(0)
@@ -314,7 +314,7 @@ def _relay_waits(say: Callable[..., None]) -> None:
     logging.getLogger("huggingface_hub").addHandler(Relay())
 
 
-def _diagnose(error: BaseException, endpoint: str = HUB) -> dict[str, Any]:
+def diagnose(error: BaseException, endpoint: str = HUB) -> dict[str, Any]:
     """Say what an exception of huggingface_hub 2.4 means; its cause counts, not its wrapping."""
     from huggingface_hub import errors as hub
 

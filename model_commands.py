@@ -19,6 +19,7 @@ from typing import Any
 import config
 import model_janitor
 import model_lease
+import model_plan
 import readiness
 import readiness_report
 import utils
@@ -26,6 +27,7 @@ from config import Settings
 from errors import ConfigError, ModelOffline, SealedError
 from model_cache import Repo, lock_folder_of, repo_id_of
 from model_files import human_size
+from model_needs import OPTION_NAMES
 from utils import Verdict
 
 _DESCRIPTION = "Prepare and look after the models on a volume."
@@ -215,6 +217,12 @@ COMMANDS = (
     Command("verify", "say whether the files of models are whole", _verify_arguments, _verify),
     Command("janitor", "find what may go from the volume", _janitor_arguments, _janitor),
     Command("lease", "say who downloads what", _lease_arguments, _lease),
+    Command(
+        "plan",
+        "say whether a model fits the memory there is, without loading or downloading it",
+        model_plan.add_arguments,
+        model_plan.run,
+    ),
     Command("report", "show the last starts side by side", _report_arguments, _report),
 )
 
@@ -226,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Whoever ends the command ends it tidily: downloads are stopped, leases given back.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED_CODE))
     environ = config.take_secrets(config.environment())
-    settings, faults = config.read_for_models(environ)
+    settings, faults = config.read_for_models(environ, OPTION_NAMES)
     args = _build_parser(settings).parse_args(argv)
     config.prepare_hub(config.environment(), settings)
     try:

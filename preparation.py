@@ -1,9 +1,10 @@
 """Makes the models ready in a process of its own, while this one imports vLLM.
 
 Imported, this file is the worker's side: it starts the child, passes on what that tells the log,
-and waits for the models. Run as a script, it is the child: `utils.resolve` for every model, then
-the page cache. Importing vLLM takes seconds in which disk and network would do nothing; a process,
-because a thread would share the interpreter with the import and could not be ended.
+and waits for the models. Run as a script, it is the child: `utils.resolve` for every model, for the
+first one also whether it fits, then the page cache. Importing vLLM takes seconds in which disk and
+network would do nothing; a process, because a thread would share the interpreter with the import
+and could not be ended.
 
 Knows nothing of vLLM, and of settings only what it is given. What the child needs, the Hub's token
 among it, comes on its standard input; its messages are lines of JSON on its standard output.
@@ -27,6 +28,9 @@ from typing import IO, Any, cast
 
 import errors
 import log_guard
+import machine_memory
+import model_fit
+import model_prefetch
 import utils
 from errors import ModelError
 from readiness import Facts, Readiness
@@ -49,6 +53,8 @@ class Job:
     endpoint: str | None = None
     offline: bool = False
     worker: str = ""
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    gpu_memory_utilization: float = 1.0
 
 
 class Preparation:
@@ -146,7 +152,7 @@ def _prepare(job: Mapping[str, Any], channel: _Channel) -> None:
     told.addHandler(channel)
     told.setLevel(logging.INFO)
     told.propagate = False
-    snapshots = []
+    base, fit, memory = None, None, None
     for number, model in enumerate(job["models"]):
         try:
             snapshot = utils.resolve(
@@ -161,11 +167,31 @@ def _prepare(job: Mapping[str, Any], channel: _Channel) -> None:
                 log=told,
                 timed=channel.timed,
             )
+            if base is None and not (snapshot.path / "adapter_config.json").exists():
+                base = snapshot
+                memory = machine_memory.here()
+                fit = model_fit.check(
+                    snapshot.path,
+                    snapshot.name,
+                    job["options"],
+                    job["gpu_memory_utilization"],
+                    told,
+                    memory,
+                )
         except ModelError as error:
             channel.say(error=type(error).__name__, message=str(error))
             return
-        snapshots.append(snapshot)
         channel.say(snapshot={**dataclasses.asdict(snapshot), "path": str(snapshot.path)})
+    if base is None:
+        return
+    with channel.timed("prefetch") as facts:
+        done = model_prefetch.prefetch(
+            base.path,
+            reserve_bytes=model_fit.host_bytes(fit, memory),
+            load_format=job["options"].get("LOAD_FORMAT", "auto"),
+            log=told,
+        )
+        facts["bytes"] = done.bytes
 
 
 def _end_with_worker() -> None:

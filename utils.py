@@ -18,10 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import hub_headers
+import model_shape
 from errors import ModelIncomplete, ModelNotFound, ModelOffline
-from hub_download import Hub, Patience
+from hub_download import Failure, Hub, Patience
 from model_cache import Repo, known_hashes, only_snapshot
 from model_download import make_whole
+from model_failures import error_of
 from model_files import human_size, listed
 from model_hashes import check_hashes
 from model_places import (
@@ -32,8 +35,10 @@ from model_places import (
     Source,
     Timed,
     in_cache,
+    is_local,
     untimed,
 )
+from model_shape import Shape
 
 __all__ = [
     "RUNPOD_CACHE",
@@ -44,6 +49,7 @@ __all__ = [
     "Verdict",
     "repair",
     "resolve",
+    "shape_of",
     "verify",
 ]
 
@@ -86,6 +92,39 @@ def resolve(
         snapshot.path,
     )
     return snapshot
+
+
+def shape_of(
+    model: str,
+    *,
+    hub_cache: Path,
+    model_path: Path | None = None,
+    model_dirs: Sequence[Path] = (),
+    token: str | None = None,
+    endpoint: str | None = None,
+    offline: bool = False,
+) -> tuple[str, Shape]:
+    """Return a model's name and its shape; of one that is only on the Hub, without its weights.
+
+    Takes what `resolve` takes and raises the same errors, but writes nothing.
+    """
+    try:
+        here = resolve(
+            model, hub_cache=hub_cache, model_path=model_path, model_dirs=model_dirs, offline=True
+        )
+        return here.name, model_shape.of_folder(here.path)
+    except (ModelOffline, ModelIncomplete):
+        if offline or model_path is not None or is_local(model):
+            raise
+    repo = Repo.parse(model)
+    hub = Hub(hub_cache, token, endpoint, Patience(), logging.getLogger(__name__))
+    shape, failure = hub_headers.read(repo, hub)
+    if shape is None:
+        raise error_of(failure or Failure("unexpected"), repo, hub, None, 1)
+    if not shape.file_bytes:
+        missing = repo.file or "weights that the engine reads"
+        raise ModelNotFound(f"{repo.id} has no {missing} at {repo.revision}")
+    return repo.id, shape
 
 
 def _resolve(model: str, places: Places, hub: Hub, offline: bool, timed: Timed) -> Snapshot:

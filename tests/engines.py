@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import config
+import machine_memory
+import model_shape
 from frames import AnswerEvent, Body, End, Event, Head, Sse, Text
+from model_fit import estimate
+from model_needs import FitSettings
 from protocol import GENERATE, Call
 
 ROOT = Path(__file__).parent.parent
@@ -195,6 +199,21 @@ async def eventually(
         if time.monotonic() > deadline_s:
             return False
         await asyncio.sleep(0.01)
+
+
+def cache_tokens(engine: Engine) -> tuple[int, int]:
+    """Return the tokens in the engine's KV cache, as it counted them and as was estimated."""
+    cache = engine.llm.vllm_config.cache_config
+    estimated = estimate(
+        model_shape.of_folder(Path(engine.args.model)),
+        FitSettings(
+            max_model_len=engine.args.max_model_len,
+            kv_cache_memory_bytes=engine.args.kv_cache_memory_bytes,
+        ),
+        machine_memory.machine(),
+    ).kv_tokens
+    assert cache.num_gpu_blocks and estimated
+    return cache.num_gpu_blocks * cache.block_size, estimated
 
 
 def running(engine: Engine) -> int:

@@ -253,9 +253,11 @@ class Hub:
         response = web.StreamResponse(headers=dict(headers))
         start = 0
         if (asked := request.headers.get("Range", "")).startswith("bytes="):
-            start = int(asked.removeprefix("bytes=").partition("-")[0])
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            start = int(first)
+            whole, content = len(content), content[: int(last) + 1] if last else content
             response.set_status(206)
-            response.headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            response.headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{whole}"
         response.content_length = len(content) - start
         await response.prepare(request)
         if request.method == "HEAD":

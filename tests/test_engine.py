@@ -26,6 +26,7 @@ from tests.engines import (
     Run,
     ask,
     build,
+    cache_tokens,
     call,
     eventually,
     generate,
@@ -92,6 +93,11 @@ async def engine(built: Engine) -> AsyncIterator[Engine]:
 async def nothing_is_left(engine: Engine) -> AsyncIterator[None]:
     yield
     assert await eventually(lambda: running(engine) == 0), "the test left a request behind"
+
+
+async def test_the_estimate_of_the_kv_cache_is_what_the_engine_counts(engine: Engine) -> None:
+    counted, estimated = cache_tokens(engine)
+    assert counted == estimated
 
 
 # --- generate: what goes in -------------------------------------------------------------------

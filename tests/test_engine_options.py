@@ -1,12 +1,15 @@
 """vLLM's engine arguments as settings, read off the installed vLLM."""
 
 import dataclasses
+import importlib.util
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import config
+import model_prefetch
 from errors import ConfigError
 
 config.prepare_libraries(config.environment(), Path(__file__).parent.parent / "vllm_logging.json")
@@ -15,6 +18,8 @@ with warnings.catch_warnings():  # torch warns of itself while it is imported
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from engine_options import EngineOptions, serve_args
+
+TINY = Path(__file__).parent.parent / "models" / "tiny-llama"
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +135,87 @@ def test_on_a_cpu_the_cache_has_a_sane_size_unless_it_is_set() -> None:
     assert 0 < serve_args("m", ["n"], {}, 0.5).kv_cache_memory_bytes < total / 2
     own = serve_args("m", ["n"], {"KV_CACHE_MEMORY_BYTES": "1048576"}, 0.5)
     assert own.kv_cache_memory_bytes == 1048576
+
+
+@pytest.mark.parametrize("name", ["dummy", "safetensors", "AUTO", "mistral", "sharded_state"])
+def test_load_formats_reach_the_engine_s_configuration(name: str) -> None:
+    extra = {"MODEL_LOADER_EXTRA_CONFIG": '{"num_threads": 3}'}
+    args = serve_args(str(TINY), ["n"], {"LOAD_FORMAT": name, **extra}, 0.5)
+    config = AsyncEngineArgs.from_cli_args(args).create_load_config()
+    assert config.load_format == name.lower()
+    assert config.model_loader_extra_config == {"num_threads": 3}
+
+
+NEEDS_A_PACKAGE = {
+    "fastsafetensors": "fastsafetensors",
+    "instanttensor": "instanttensor",
+    "modelexpress": "modelexpress",
+    "runai_streamer": "runai-model-streamer[s3]",
+    "runai_streamer_sharded": "runai-model-streamer[s3]",
+    "tensorizer": "tensorizer",
+}
+
+
+@pytest.mark.parametrize(("name", "package"), NEEDS_A_PACKAGE.items())
+def test_a_load_format_without_its_package_says_what_to_add(
+    options: EngineOptions, name: str, package: str
+) -> None:
+    module = package.partition("[")[0].replace("-", "_")
+    if importlib.util.find_spec(module):
+        pytest.skip(f"{package} is installed")
+    (fault,) = options.faults({"LOAD_FORMAT": name})
+    assert fault.startswith(f"LOAD_FORMAT {name} needs the Python package {package}, which is not")
+    assert f"RUN pip install '{package}'" in fault
+
+
+@pytest.mark.parametrize("name", NEEDS_A_PACKAGE)
+def test_a_load_format_with_its_package_reaches_the_engine_s_configuration(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present = importlib.util.find_spec("json")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: present)
+    args = serve_args(str(TINY), ["n"], {"LOAD_FORMAT": name}, 0.5)
+    assert AsyncEngineArgs.from_cli_args(args).create_load_config().load_format == name
+
+
+def test_every_load_format_of_vllm_is_known_with_what_it_needs(options: EngineOptions) -> None:
+    from vllm.model_executor.model_loader import LoadFormats
+
+    plain = {name for name in get_args(LoadFormats) if not options.faults({"LOAD_FORMAT": name})}
+    needy = {name for name in NEEDS_A_PACKAGE if name in get_args(LoadFormats)}
+    assert plain | needy == set(get_args(LoadFormats))
+    # A format that is new here may need a package that nobody has looked up.
+    assert plain - needy <= {
+        *("auto", "hf", "dummy", "ipc_cache", "mistral", "npcache", "pt", "safetensors"),
+        *("sharded_state",),
+    }
+
+
+def test_a_load_format_that_nobody_knows_is_told_at_once(options: EngineOptions) -> None:
+    (fault,) = options.faults({"LOAD_FORMAT": "safetensor"})
+    assert fault.startswith("LOAD_FORMAT safetensor is not a format of this vLLM: choose from auto")
+
+
+@pytest.mark.parametrize("model", ["org/name/file.gguf", "/models/file.GGUF"])
+def test_gguf_without_the_plugin_is_refused_before_anything_is_loaded(
+    options: EngineOptions, model: str
+) -> None:
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    if "gguf" in QUANTIZATION_METHODS:
+        pytest.skip("this vLLM loads GGUF")
+    (fault,) = options.faults({}, [model, "org/name"])
+    assert fault.startswith(f"{model} is a GGUF file")
+    assert "vllm-gguf-plugin" in fault
+    with pytest.raises(ConfigError, match="vllm-gguf-plugin"):
+        serve_args(model, ["n"], {}, 0.5)
+
+
+def test_from_a_volume_weights_are_prefetched_unless_said_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert serve_args(str(TINY), ["n"], {}, 0.5).safetensors_load_strategy is None
+    monkeypatch.setattr(model_prefetch, "file_system", lambda *_: "fuse")
+    assert serve_args(str(TINY), ["n"], {}, 0.5).safetensors_load_strategy == "prefetch"
+    own = {"SAFETENSORS_LOAD_STRATEGY": "lazy"}
+    assert serve_args(str(TINY), ["n"], own, 0.5).safetensors_load_strategy == "lazy"

@@ -24,6 +24,7 @@ from tests.engines import (
     Engine,
     ask,
     build,
+    cache_tokens,
     call,
     eventually,
     generate,
@@ -52,6 +53,11 @@ def built() -> Engine:
 async def engine(built: Engine) -> AsyncIterator[Engine]:
     async with started(built) as engine:
         yield engine
+
+
+async def test_the_estimate_of_the_kv_cache_is_what_the_engine_counts(engine: Engine) -> None:
+    counted, estimated = cache_tokens(engine)
+    assert counted == estimated
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -689,10 +689,10 @@ def test_progress_is_told_but_not_too_often(
 
 def test_errors_of_the_storage_backend_are_understood() -> None:
     """hf_xet tells an errno in its text only; the test Hub does not speak its protocol."""
-    from hub_download import _diagnose
+    from hub_download import diagnose
 
     full = RuntimeError(f"I/O error: No space left on device (os error {errno.ENOSPC})")
-    assert _diagnose(full)["kind"] == "room"
-    assert _diagnose(OSError(errno.EDQUOT, "quota"))["kind"] == "room"
-    assert _diagnose(RuntimeError("CAS request failed"))["kind"] == "network"
-    assert _diagnose(ValueError("bug"))["kind"] == "unexpected"
+    assert diagnose(full)["kind"] == "room"
+    assert diagnose(OSError(errno.EDQUOT, "quota"))["kind"] == "room"
+    assert diagnose(RuntimeError("CAS request failed"))["kind"] == "network"
+    assert diagnose(ValueError("bug"))["kind"] == "unexpected"

@@ -1,0 +1,59 @@
+"""A model's shape from the Hub: its configuration and the heads of its weights, a few kB each.
+
+Keeps nothing: what stands in the cache of the Hub stays what a download put there. Which model is
+meant, and what people are told of a failure, is decided elsewhere.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import model_shape
+from hub_download import Failure, Hub, diagnose
+from model_cache import HUB, Repo
+from model_files import weights
+from model_shape import Shape
+
+_THREADS = 8
+
+
+def read(repo: Repo, hub: Hub) -> tuple[Shape | None, Failure | None]:
+    """Return the shape of a revision's weights, or why it cannot be had; of GGUF the size only."""
+    try:
+        return _read(repo, hub), None
+    except Exception as error:
+        return None, Failure(**diagnose(error, hub.endpoint or HUB))
+
+
+def _read(repo: Repo, hub: Hub) -> Shape:
+    from huggingface_hub import HfApi, RepoFile, constants
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # hides a blocking call to the public Hub
+    api = HfApi(endpoint=hub.endpoint, token=hub.token or False)
+    tree = api.list_repo_tree(repo.id, revision=repo.revision, recursive=True)
+    all_sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+    sizes = {name: all_sizes[name] for name in weights(list(all_sizes), repo.file)}
+
+    def header(name: str) -> Mapping[str, Any]:
+        found = api.parse_safetensors_file_metadata(repo.id, name, revision=repo.revision)
+        return {
+            tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
+            for tensor, info in found.tensors.items()
+        }
+
+    config: Mapping[str, Any] = {}
+    if "config.json" in all_sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = api.hf_hub_download(
+                repo.id, "config.json", revision=repo.revision, local_dir=folder
+            )
+            config = json.loads(Path(path).read_bytes())
+    if repo.file is not None:
+        return Shape(sum(sizes.values()), unknown="a GGUF file's own header is not read")
+    shards = [name for name in sizes if name.endswith(".safetensors")]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        headers = dict(zip(shards, pool.map(header, shards), strict=True))
+    return model_shape.of_parts(config, sizes, headers)

@@ -1,0 +1,266 @@
+"""Does a model fit: weights and KV cache against the memory there is, before anything is loaded.
+
+An estimate from headers and settings, by vLLM's own arithmetic where it has one (blocks, heads per
+device) and by a stated allowance where it measures (activations, CUDA). It stops a start only where
+the numbers leave no doubt; in every other case it is a word in the log.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import machine_memory
+import model_shape
+from errors import ModelTooLarge
+from machine_memory import CPU_KV_CACHE_SHARE, Memory, memory_size
+from model_needs import FitSettings, allowance_bytes, seats, sequence_bytes, weights_bytes
+from model_shape import Shape
+
+_MAX_DEVICES = 8
+# Of an engine on GPUs: its processes, and what passes through pinned memory.
+_HOST_BYTES = 4 * 2**30
+_STEP_TOKENS = 256
+_USEFUL_TOKENS = 2048
+
+Verdict = Literal["fits", "tight", "too large", "not known"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings that would make the model fit, and what comes of them."""
+
+    settings: Mapping[str, str]
+    effect: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a model takes on each device, and whether the device has it.
+
+    Bytes are those of one device; `kv_tokens` and `max_num_seqs` those of the worker, all copies of
+    the model in it together. `certain` is set where vLLM could only fail. `why` is one sentence
+    without its subject; `changes` are those that help.
+    """
+
+    verdict: Verdict
+    certain: bool
+    why: str
+    weights_bytes: int
+    budget_bytes: int | None
+    allowance_bytes: int
+    kv_bytes: int | None
+    kv_bytes_per_token: int | None
+    kv_tokens: int | None
+    max_model_len: int | None
+    max_num_seqs: int
+    devices: int
+    changes: tuple[Change, ...] = ()
+
+    def at_once(self, tokens: int | None) -> int | None:
+        """Return how many sequences of so many tokens the engine holds at a time."""
+        if not tokens or self.kv_tokens is None:
+            return None
+        return min(self.max_num_seqs, self.kv_tokens // tokens)
+
+
+def check(
+    path: Path,
+    name: str,
+    options: Mapping[str, str],
+    gpu_memory_utilization: float,
+    log: logging.Logger,
+    memory: Memory | None = None,
+) -> Estimate | None:
+    """Estimate a model that is on disk, tell the log, and raise ModelTooLarge if it cannot fit.
+
+    None where no estimate could be made: a start that may work is never stopped for that.
+    """
+    try:
+        settings = FitSettings.read(options, gpu_memory_utilization)
+        shape = model_shape.of_folder(path)
+        memory = memory or machine_memory.here()
+        found = estimate(shape, settings, memory)
+    except Exception as error:  # files and configurations come in every form
+        log.warning("%s: its size could not be estimated (%s)", name, type(error).__name__)
+        return None
+    if found.verdict == "too large" and found.certain:
+        raise ModelTooLarge(f"{name} cannot fit: it {found.why}{advice(found)}")
+    worry = found.verdict in ("tight", "too large")
+    log.log(
+        logging.WARNING if worry else logging.INFO,
+        "%s: %s%s",
+        name,
+        found.why,
+        advice(found) if worry else "",
+    )
+    return found
+
+
+def host_bytes(found: Estimate | None, memory: Memory | None) -> int:
+    """Return what the engine will take of the machine's own memory, as far as that is known."""
+    if found is None or memory is None or memory.kind == "gpu":
+        return _HOST_BYTES
+    return (found.weights_bytes + found.allowance_bytes + (found.kv_bytes or 0)) * found.devices
+
+
+def advice(found: Estimate) -> str:
+    """Return what would make the model fit, to be set behind a sentence."""
+    ways = [
+        " ".join(f"{name}={value}" for name, value in each.settings.items()) + f": {each.effect}"
+        for each in found.changes
+    ]
+    return "; what would help:\n- " + "\n- ".join(ways) if ways else ""
+
+
+def estimate(shape: Shape, settings: FitSettings, memory: Memory | None) -> Estimate:
+    """Return what a model takes and whether it fits, with the changes that would help."""
+    found = _estimate(shape, settings, memory)
+    if memory is None or found.verdict in ("fits", "not known"):
+        return found
+    return dataclasses.replace(found, changes=tuple(_changes(shape, settings, memory)))
+
+
+def _estimate(shape: Shape, settings: FitSettings, memory: Memory | None) -> Estimate:
+    weights = weights_bytes(shape, settings)
+    length = settings.max_model_len or shape.max_model_len
+    allowance = allowance_bytes(shape, settings, memory)
+    needs = sequence_bytes(shape, settings, memory)
+    per_token = math.ceil(needs(length) / length) if needs and length else None
+    on_gpu = memory is not None and memory.kind == "gpu"
+    budget = room = None
+    if memory is not None and on_gpu:
+        budget = int(memory.total_bytes * settings.gpu_memory_utilization)
+        room = settings.kv_cache_memory_bytes or max(0, budget - weights - allowance)
+    elif memory is not None:
+        budget = memory.total_bytes // settings.devices // settings.data_parallel_size
+        room = settings.kv_cache_memory_bytes or int(CPU_KV_CACHE_SHARE * memory.total_bytes)
+    tokens = None
+    if room is not None and needs and per_token and length:
+        block = settings.block_size or (16 if on_gpu else 128)
+        tokens = room // (per_token * block) * block * settings.data_parallel_size
+    one = needs(length) if needs and length else None
+    verdict, certain, why = _judge(shape, settings, memory, weights, allowance, room, one, length)
+    return Estimate(
+        verdict,
+        certain,
+        why,
+        weights,
+        budget,
+        allowance,
+        room,
+        per_token,
+        tokens,
+        length,
+        (settings.max_num_seqs or seats(memory)[0]) * settings.data_parallel_size,
+        settings.devices * settings.data_parallel_size,
+    )
+
+
+def _judge(
+    shape: Shape,
+    settings: FitSettings,
+    memory: Memory | None,
+    weights: int,
+    allowance: int,
+    room: int | None,
+    one: int | None,
+    length: int | None,
+) -> tuple[Verdict, bool, str]:
+    """Return the verdict, whether it is beyond doubt, and a sentence with the numbers."""
+    each = " on each device" if settings.devices > 1 else ""
+    takes = f"takes {memory_size(weights)} for its weights{each}"
+    if memory is None or room is None:
+        return "not known", False, f"{takes}; the memory of this machine's devices is not known"
+    if settings.remodelled_by:
+        return "not known", False, f"{takes} unless {settings.remodelled_by} changes that"
+    gpu = memory.kind == "gpu"
+    reserved = settings.kv_cache_memory_bytes or (0 if gpu else room)
+    has = memory.total_bytes
+    budget, share = has, f"{memory.name} has {memory_size(has)}"
+    if gpu and settings.kv_cache_memory_bytes is None:
+        budget = int(has * settings.gpu_memory_utilization)
+        share += f", of which vLLM takes {memory_size(budget)}"
+    # Processes of the engine that share a machine's memory take it together.
+    together = 1 if gpu else settings.devices * settings.data_parallel_size
+    sure = not (settings.cpu_offload_bytes or _divided_unclearly(shape, settings))
+    if weights * together > budget:
+        return "too large", sure, f"{takes}, and {share}"
+    if one is None:
+        unknown = shape.unknown or "its longest sequence is not named"
+        return "not known", False, f"{takes}; what a token needs beside them is not: {unknown}"
+    asked = settings.max_model_len is not None
+    wish = f"{memory_size(one)} for one sequence of {length:,} tokens"
+    if reserved and one > reserved:
+        return "too large", asked, f"needs {wish}, and its KV cache has {memory_size(reserved)}"
+    if gpu and weights + one > budget:
+        return "too large", asked and sure, f"{takes} and {wish}, and {share}"
+    if (weights + allowance + max(one, reserved)) * together > budget:
+        return (
+            "tight",
+            False,
+            (f"{takes}, {wish} and perhaps {memory_size(allowance)} for the work itself; {share}"),
+        )
+    return "fits", True, f"{takes} and {wish}; {share}"
+
+
+def _divided_unclearly(shape: Shape, settings: FitSettings) -> bool:
+    # vLLM spreads experts over the copies of a model too.
+    return shape.has_experts and settings.data_parallel_size > 1
+
+
+def _changes(shape: Shape, settings: FitSettings, memory: Memory) -> Iterator[Change]:
+    """Yield what makes the model fit, each tried out; with a shorter context where that is left."""
+    for new, effect in _ways(shape, settings, memory):
+        changed = dataclasses.replace(settings, **new)
+        found = _estimate(shape, changed, memory)
+        if found.verdict != "fits" and (not new or settings.max_model_len is None):
+            needs = sequence_bytes(shape, changed, memory)
+            if needs is None or not found.kv_bytes or not found.max_model_len:
+                continue
+            new["max_model_len"] = _largest(needs, found.kv_bytes, found.max_model_len)
+            if new["max_model_len"] < min(_USEFUL_TOKENS, found.max_model_len):
+                continue
+            found = _estimate(shape, dataclasses.replace(settings, **new), memory)
+        if found.verdict == "fits":
+            texts = {name.upper(): str(value) for name, value in new.items()}
+            size = f"weights of {memory_size(found.weights_bytes)}"
+            yield Change(texts, effect.format(size=size))
+            if "tensor_parallel_size" in new and "max_model_len" not in new:
+                return  # still more devices would do as well
+
+
+def _ways(
+    shape: Shape, settings: FitSettings, memory: Memory
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield settings to try, with what to say of them; the first is none but a shorter context."""
+    yield {}, "the longest that fits"
+    needs = sequence_bytes(shape, settings, memory)
+    length = settings.max_model_len or shape.max_model_len
+    if memory.kind == "cpu":
+        if needs and length:
+            yield {"kv_cache_memory_bytes": needs(length)}, "room for one sequence"
+        return
+    if not shape.quantization and not settings.quantization:
+        yield {"quantization": "fp8"}, "{size}"
+        yield {"quantization": "bitsandbytes"}, "4 bits, {size}, as a checkpoint in 4 bits has too"
+    if settings.kv_cache_dtype == "auto" and needs:
+        yield {"kv_cache_dtype": "fp8"}, "half the KV cache"
+    heads = shape.number("num_attention_heads", "n_head") or 0
+    count = settings.tensor_parallel_size * 2
+    while count <= _MAX_DEVICES and heads % count == 0:
+        gpus = count * settings.pipeline_parallel_size * settings.data_parallel_size
+        yield {"tensor_parallel_size": count}, f"{gpus} GPUs per worker, {{size}} on each"
+        count *= 2
+
+
+def _largest(needs: Callable[[int], int], room: int, most: int) -> int:
+    """Return the most tokens, in whole steps, whose sequence the room holds."""
+    low, high = 0, most // _STEP_TOKENS
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if needs(_STEP_TOKENS * middle) <= room else (low, middle - 1)
+    return _STEP_TOKENS * low
