@@ -12,8 +12,8 @@ from pathlib import Path
 from model_cache import temporaries
 from model_files import human_size, size_of
 
-# A download of an hour is told in some thirty lines, one of ten seconds in two.
-_TOLD_SHARE = 1 / 20
+# A download of an hour is told in some sixty lines, one of ten seconds in two.
+_TOLD_SHARE = 1 / 10
 _TOLD_AT_LEAST_EVERY_S = 120.0
 
 

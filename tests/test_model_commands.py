@@ -244,6 +244,19 @@ def test_what_goes_wrong_is_said_and_coded(
     assert "Traceback" not in ran.stderr
 
 
+def test_little_is_needed_on_a_pod() -> None:
+    """As the README says; what is imported when a command runs counts for that command."""
+    code = (
+        "import sys, utils, model_commands\n"
+        "files = {n: getattr(m, '__file__', None) or '' for n, m in sys.modules.items()}\n"
+        "print(*{n.partition('.')[0] for n, f in files.items() if 'site-packages' in f})"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert {name for name in ran.stdout.split() if not name.startswith("_")} == {"psutil"}
+
+
 def test_the_help_names_the_volume(volume: Volume) -> None:
     printed = volume.run("--help").stdout
     assert str(volume.cache) in printed

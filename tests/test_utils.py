@@ -25,6 +25,7 @@ import utils
 from errors import DiskFull, ModelError, ModelGated, ModelIncomplete, ModelNotFound, ModelOffline
 from model_files import check, human_size, select_files
 from model_lease import Pace
+from model_progress import Plan, Progress
 from tests.hub import Hub
 from utils import Patience, Snapshot
 
@@ -654,10 +655,27 @@ def test_full_disk_names_what_is_needed(
     assert hub.count(f"GET /cdn/*{SHARD_2}") == 1, "a full disk is not tried again"
 
 
+def test_room_is_made_of_what_killed_downloads_left(
+    hub: Hub, resolve: Callable[..., Snapshot], tmp_path: Path
+) -> None:
+    volume = tmp_path / "volume"
+    with no_room(volume, size="800k"):
+        if not volume.is_mount():
+            pytest.skip("no file system may be mounted here")
+        blobs = volume / "hub" / "models--org--tiny" / "blobs"
+        blobs.mkdir(parents=True)
+        orphan = blobs / "a.1.incomplete"
+        orphan.write_bytes(bytes(500_000))
+        # Written to longer ago than a download is believed in, but within the hour.
+        os.utime(orphan, (time.time() - 600,) * 2)
+        assert resolve(hub_cache=volume / "hub").source == "hub"
+        assert not orphan.exists()
+
+
 @contextlib.contextmanager
-def no_room(volume: Path) -> Iterator[None]:
+def no_room(volume: Path, size: str = "350k") -> Iterator[None]:
     volume.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=350k", "tmpfs", str(volume)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(volume)]
     mounted = shutil.which("mount") and not subprocess.run(mount, capture_output=True).returncode
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if not mounted:
@@ -682,6 +700,19 @@ def test_progress_is_told_but_not_too_often(
     assert all(
         f" % of {human_size(NEEDED_BYTES)}, " in line and "s left" in line for line in lines[:-1]
     ), lines
+
+
+def test_a_long_download_does_not_flood_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    progress = Progress("org/name", tmp_path, 5.0, logging.getLogger("utils"))
+    progress.begin(Plan("0" * 40, {"model.safetensors": 10**12}))
+    for _ in range(3600):
+        now += 1
+        progress.measure()
+    assert 20 <= len(caplog.messages) <= 80
 
 
 # ---------------------------------------------------------------- diagnosis

@@ -5,6 +5,7 @@ may not: what keeps them apart is the lease alone.
 """
 
 import hashlib
+import json
 import logging
 import os
 import random
@@ -199,6 +200,23 @@ def test_one_that_slept_through_a_takeover_notices(volume: Path, hub: Hub) -> No
         assert "another worker has taken over" in workers.log(workers.processes.index(sleeper))
     assert_whole(volume)
     assert max(fetched(hub).values()) <= 2
+
+
+def test_a_worker_that_is_stopped_gives_its_lease_back(volume: Path, hub: Hub) -> None:
+    job = {
+        **{"models": ["org/tiny"], "hub_cache": str(volume), "endpoint": hub.url, "worker": "w"},
+        **{"model_path": None, "model_dirs": [], "token": None, "offline": False},
+    }
+    command = [sys.executable, "preparation.py"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        print(json.dumps(job), file=process.stdin, flush=True)
+        until(lambda: hub.body_bytes >= TOTAL / 4, 20)
+        assert leases(volume / ".locks" / "models--org--tiny")
+        process.stdin.close()
+        process.wait(10)
+    assert leases(volume / ".locks" / "models--org--tiny") == []
+    assert list(volume.rglob("*.incomplete")) == []
 
 
 def test_a_holder_that_lives_but_brings_nothing_is_not_waited_for(

@@ -187,6 +187,19 @@ def client_help() -> str:
     return f"```console\n$ python client.py --help\n{text}\n```\n\n{options}"
 
 
+def volume_help() -> str:
+    """Return the help of the model cache's command."""
+    printed = subprocess.run(
+        [sys.executable, "utils.py", "--help"],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "COLUMNS": "100", "HF_HOME": "/workspace/models"},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.rstrip()
+    return f"```console\n$ python utils.py --help\n{printed}\n```"
+
+
 def make_help() -> str:
     """Return what `make help` prints."""
     printed = subprocess.run(
@@ -241,6 +254,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "gateway-settings": gateway_settings,
     "exit-codes": exit_codes,
     "client-help": client_help,
+    "volume-help": volume_help,
     "make-help": make_help,
     "files": files,
 }
