@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         whole["at_once"] = {str(tokens): found.at_once(tokens) for tokens in _lengths(found)}
         print(json.dumps(whole, indent=2))
     else:
-        print("\n".join(_lines(name, found, memory)))
+        print("\n".join(lines(name, found, memory)))
     return 1 if found.verdict == "too large" else 0
 
 
@@ -87,7 +87,7 @@ def _lengths(found: Estimate) -> list[int]:
     ]
 
 
-def _lines(name: str, found: Estimate, memory: Memory | None) -> Iterator[str]:
+def lines(name: str, found: Estimate, memory: Memory | None) -> Iterator[str]:
     each = " on each device" if found.devices > 1 else ""
     rows = [
         (f"weights{each}", _size(found.weights_bytes)),

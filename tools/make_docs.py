@@ -19,6 +19,7 @@ import client_config
 import commands_parser
 import config
 import gateway_config
+from tools import gpu_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -248,6 +249,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def gpus() -> str:
+    """Return how many requests well-known models hold at once on the GPUs that one can rent."""
+    return table(gpu_table.heads(), gpu_table.rows())
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "worker-settings": worker_settings,
     "client-settings": client_settings,
@@ -255,6 +261,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "exit-codes": exit_codes,
     "client-help": client_help,
     "volume-help": volume_help,
+    "plan": gpu_table.example,
+    "gpus": gpus,
     "make-help": make_help,
     "files": files,
 }
