@@ -31,7 +31,6 @@ PHASES = (
     "warm-up",
     "application",
     "first generation",
-    "sdk",
     "taking jobs",
 )
 """Every phase, in the order in which the table has them."""

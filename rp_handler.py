@@ -318,12 +318,13 @@ def serve(booted: Booted) -> int:
     """Take jobs by the SDK until SIGTERM (0) or until the engine has died (1)."""
     engine, readiness = booted.engine, booted.readiness
     handler = Handler(booted.settings, booted.keys, engine)
-    with readiness.phase("sdk"):
-        import job_loop
+    began_at = time.time()
+    import job_loop
 
     @contextlib.asynccontextmanager
     async def lifespan() -> AsyncIterator[None]:
         log_guard.guard_exceptions()  # the SDK has put its own hook in place by now
+        readiness.add("taking jobs", began_at, time.time())
         await engine.start(readiness.phase)
         booted.ready()
         log.info("ready: %s, %s", ", ".join(engine.served_model_names), ", ".join(engine.tasks))

@@ -88,6 +88,7 @@ class RunningWorker:
             "MODELS": str(MODEL),
             "SERVED_MODEL_NAME": SERVED,
             "ENCRYPTION_KEY": self.key,
+            "HF_HOME": str(self.folder / "hf"),
             "ENFORCE_EAGER": "true",
             "MAX_MODEL_LEN": "2048",
             "KV_CACHE_MEMORY_BYTES": "268435456",
