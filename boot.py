@@ -1,8 +1,7 @@
 """From the environment to a loaded engine, as fast as the machine allows.
 
     own settings → preparation (a process: models on disk) ┐
-                   vLLM imported, its options checked      ├→ what is compiled already → the engine
-                   the SDK imported                        ┘
+                   vLLM imported, its options checked      ┴→ what is compiled already → the engine
 
 Owns that order, the record of where the time went, and that every fault is told at once. The
 handler and the job loop are rp_handler.py's.
