@@ -348,6 +348,8 @@ def prepare_libraries(environ: MutableMapping[str, str], logging_config: Path) -
     environ["SAGEMAKER_CONTAINER_LOG_LEVEL"] = "ERROR"  # a part of vLLM's that logs requests
     environ["VLLM_NO_USAGE_STATS"] = "1"
     environ["VLLM_DO_NOT_TRACK"] = "1"
+    # A host of ALLOWED_MEDIA_DOMAINS could send the worker on to any other.
+    environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"
     environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     environ.pop("VLLM_API_KEY", None)  # would put a second lock on vLLM's application
     environ.pop("VLLM_SERVER_DEV_MODE", None)  # would add its development routes

@@ -18,8 +18,9 @@ import re
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
+import msgspec
 import vllm
 from jinja2 import TemplateError
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -28,24 +29,26 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
-from vllm.renderers.inputs.preprocess import parse_model_prompt
-from vllm.renderers.params import ChatParams
 from vllm.tool_parsers import ToolParserManager
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from asgi import AsgiCall
-from chat import ChatReader, chat_call, unfinished
+from chat import CHAT_ROUTE, ChatReader, chat_call, unfinished
 from config import environment, prepare_engine_processes
 from engine_adapters import Adapter
-from engine_options import serve_args
+from engine_options import NOWHERE, serve_args
+from engine_render import render
 from engine_sampling import choice_details, parameter_of, prompt_logprobs, sampling_params
+from engine_tasks import Abilities, refusal, tasks_of
 from engine_tracking import TrackedCall, TrackedLLM, cancelled, current_call
 from errors import ConfigError, EngineDead, RequestError
 from frames import AnswerEvent, Body, End, Event, Head, Sse, Text
 from protocol import GENERATE, ROUTES, Call, GenerateBody, parse_generate
 
 log = logging.getLogger("worker.engine")
+
+MODELS = "/v1/models"
 
 LOAD_WINDOW_S = 0.25
 """How often the load is looked at."""
@@ -120,10 +123,18 @@ class Run:
         """Answer by vLLM's own route."""
         call = self._call
         if call.route not in self._engine.routes:
-            raise self._engine.no_such_route(call.route)
+            raise self._engine.abilities.no_such_route(call.route)
         method = ROUTES[call.route]
         if method != call.method:
             raise RequestError(f"{call.route} takes {method}", status=405)
+        try:
+            self._engine.abilities.check(call)
+        except RequestError as error:
+            yield _whole(error.status, refusal(error, call.route)), True
+            return
+        if call.route == MODELS:
+            yield _whole(200, await self._engine.models()), True
+            return
         self._asgi = AsgiCall(self._engine.app, method, call.route, call.body)
         start = await self._asgi.start()
         content_type = start.headers.get("content-type", "")
@@ -145,8 +156,7 @@ class Run:
     async def _generate(self) -> AsyncGenerator[Batch, None]:
         """Answer the `generate` route: text deltas straight from the engine."""
         engine = self._engine
-        if "generate" not in engine.tasks:
-            raise engine.no_such_route(GENERATE)
+        engine.abilities.check(self._call)
         body = parse_generate(self._call.body)
         lora = engine.adapter(body.model)
         params = sampling_params(body, engine.default_sampling_params)
@@ -173,6 +183,11 @@ class Run:
                     events += choice_details(choice, engine.tokenizer)
                 yield events, output.finished
                 events = []
+
+
+def _whole(status: int, content: Any) -> list[AnswerEvent]:
+    """Return an answer of our own in the place of vLLM's."""
+    return [Head(status, "body", "application/json"), Body(msgspec.json.encode(content))]
 
 
 class Engine:
@@ -233,6 +248,7 @@ class Engine:
         self.has_reasoning_parser = bool(self.args.reasoning_parser)
         self.tasks: tuple[str, ...] = ()
         self.routes: tuple[str, ...] = ()
+        self.abilities = Abilities((), ())
         self._numbers = itertools.count(1)
         self._background: list[asyncio.Task[None]] = []
 
@@ -255,14 +271,18 @@ class Engine:
     def tokenizer(self) -> Any:
         return self.llm.tokenizer
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that a request may give as its model, the adapters' among them."""
+        loaded = self.app.state.openai_serving_models.lora_requests
+        adapters = [adapter.name for adapter in self.adapters if adapter.name not in loaded]
+        return (*self.served_model_names, *loaded, *adapters)
+
     def about(self) -> dict[str, Any]:
         """Return what the `worker` route tells of the engine (SPEC section 8.2)."""
         return {
             "vllm": vllm.__version__,
-            "models": [
-                *self.served_model_names,
-                *self.app.state.openai_serving_models.lora_requests,
-            ],
+            "models": list(self.names),
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.max_concurrency,
             "tasks": list(self.tasks),
@@ -291,14 +311,57 @@ class Engine:
         gc.freeze()
 
     async def _build(self) -> None:
-        self.tasks = await self.llm.get_supported_tasks()
-        self.app = build_app(self.args, self.tasks, self.llm.model_config)
-        await init_app_state(self.llm, self.app.state, self.args, self.tasks)
+        tasks = await self.llm.get_supported_tasks()
+        self.app = build_app(self.args, tasks, self.llm.model_config)
+        try:
+            await init_app_state(self.llm, self.app.state, self.args, tasks)
+        except ValueError as error:  # such as a module of LORA_MODULES that is none
+            raise ConfigError([f"vLLM does not accept these settings: {error}"]) from error
         self.app.state.server = SimpleNamespace(
             should_exit=False
         )  # what vLLM tells of a dead engine
         present = {getattr(route, "path", "") for route in self.app.routes}
         self.routes = tuple(route for route in ROUTES if route in present)
+        self.tasks = await self._tasks()
+        if not self.tasks:
+            raise ConfigError(
+                [
+                    f"{self.served_model_names[0]} can do nothing for which this worker has a "
+                    f"route (vLLM: {', '.join(tasks)})"
+                ]
+            )
+        self.abilities = Abilities(
+            self.tasks,
+            self.routes,
+            # An operator's own plugin may know of more.
+            () if self.app.state.openai_serving_models.lora_resolvers else self.names,
+            tuple(host for host in self.args.allowed_media_domains if host != NOWHERE),
+            bool(self.args.allowed_local_media_path),
+            bool(self.args.trust_request_chat_template),
+        )
+
+    async def _tasks(self) -> tuple[str, ...]:
+        processor = self.llm.renderer.mm_processor
+        limits = processor.info.allowed_mm_limits if processor else {}
+        # These parse by what the model is, without a setting.
+        harmony = self.config.model_config.hf_config.model_type == "gpt_oss"
+        mistral = type(self.tokenizer).__name__ == "MistralTokenizer"
+        return tasks_of(
+            self.routes,
+            [name for name, limit in limits.items() if limit],
+            chat=CHAT_ROUTE in self.routes and await self._has_chat_template(),
+            tools=bool(self.args.tool_call_parser) or harmony or mistral,
+            reasoning=self.has_reasoning_parser or harmony,
+        )
+
+    async def _has_chat_template(self) -> bool:
+        try:
+            await self.render(GenerateBody(messages=[{"role": "user", "content": "Hello"}]))
+        except ValueError:
+            return False
+        except TemplateError:  # it has one, which wants other messages than this
+            return True
+        return True
 
     def run(self, call: Call, cache_salt: str) -> Run:
         """Begin one call; requests with different salts share no prefix cache."""
@@ -311,72 +374,27 @@ class Engine:
                 task.cancel()  # the handler would report the end as the engine's death
         await asyncio.to_thread(self.llm.shutdown, timeout=10)
 
+    async def models(self) -> dict[str, Any]:
+        """Return what `/v1/models` answers: vLLM's cards, each with what the model can do."""
+        listed = await self.app.state.openai_serving_models.show_available_models()
+        cards: dict[str, Any] = listed.model_dump()
+        for card in cards["data"]:
+            card["tasks"] = list(self.tasks)
+        return cards
+
     def adapter(self, model: str | None) -> Any:
         """Return the LoRA request of `model`, None for the model itself; else RequestError 404."""
-        models = self.app.state.openai_serving_models
         if model is None or model in self.served_model_names:
             return None
-        if model in models.lora_requests:
-            return models.lora_requests[model]
-        served = [*self.served_model_names, *models.lora_requests]
-        raise RequestError(
-            f"the model {model!r} is not served; this worker has {', '.join(served)}",
-            status=404,
-            type="NotFoundError",
-            param="model",
-        )
-
-    def no_such_route(self, route: str) -> RequestError:
-        """Return the 404 that names the routes of the loaded model."""
-        return RequestError(
-            f"no such route: {route!r}; this worker has {', '.join(self.routes)}",
-            status=404,
-            type="NotFoundError",
-        )
+        try:
+            return self.app.state.openai_serving_models.lora_requests[model]
+        except KeyError:
+            raise self.abilities.no_such_model(model) from None
 
     async def render(self, body: GenerateBody) -> Any:
-        """Return the engine's input: chat template applied, or prompt taken as it is; tokenised."""
-        renderer = self.llm.renderer
-        if body.messages is None:
-            prompt: Any = body.prompt
-            if isinstance(prompt, list):
-                prompt = {"prompt_token_ids": prompt}
-            parsed = parse_model_prompt(self.llm.model_config, prompt)
-            (rendered,) = await renderer.render_cmpl_async([parsed])
-            return rendered
-        kwargs = {
-            **(self.args.default_chat_template_kwargs or {}),
-            **(body.chat_template_kwargs or {}),
-        }
-        if "chat_template" in kwargs and not self.args.trust_request_chat_template:
-            raise RequestError(
-                "a chat template of the request's own needs TRUST_REQUEST_CHAT_TEMPLATE=true "
-                "on the worker",
-                param="chat_template_kwargs",
-            )
-        continued = bool(body.continue_final_message)
-        generation_prompt = body.add_generation_prompt
-        if continued and generation_prompt:
-            raise RequestError("`continue_final_message` excludes `add_generation_prompt`")
-        params = ChatParams(
-            chat_template=self.app.state.online_renderer.chat_template,
-            chat_template_content_format=self.args.chat_template_content_format,
-            chat_template_kwargs={
-                **kwargs,
-                "add_generation_prompt": not continued
-                if generation_prompt is None
-                else generation_prompt,
-                "continue_final_message": continued,
-                "tokenize": False,
-            },
-        )
-        try:
-            _, (rendered,) = await renderer.render_chat_async([cast(Any, body.messages)], params)
-        except (LookupError, AttributeError) as error:  # what a message lacks
-            raise RequestError(
-                "generate: `messages` holds something that is not a chat message", param="messages"
-            ) from error
-        return rendered
+        """Return the engine's input for a `generate` body."""
+        template = self.app.state.online_renderer.chat_template
+        return await render(self.llm, self.args, template, body)
 
     def request_error(self, error: Exception) -> RequestError:
         """Return the RequestError that says what vLLM's exception means to the one who asked."""

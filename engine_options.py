@@ -22,6 +22,13 @@ import machine_memory
 from engine_adapters import Adapter
 from errors import ConfigError
 
+NOWHERE = "nowhere.invalid"
+"""The only host that may be asked for media unless a setting names some; it cannot exist.
+
+vLLM takes an empty list for leave to ask anybody. What a request names is refused before
+(engine_tasks.py); this is for what that might not see.
+"""
+
 MAX_LORAS = 8
 """For how many adapters the device has room at once unless a setting says otherwise."""
 
@@ -204,6 +211,7 @@ def serve_args(
     if strategy := engine_loading.strategy(model, options):
         argv += [f"--safetensors-load-strategy={strategy}"]
     args = _parser().parse_args(argv)
+    args.allowed_media_domains = args.allowed_media_domains or [NOWHERE]
     try:
         validate_parsed_serve_args(args)
     except (ValueError, TypeError, KeyError) as error:

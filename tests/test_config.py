@@ -246,6 +246,7 @@ def test_libraries_are_told_not_to_log_content_or_report() -> None:
         "SAGEMAKER_CONTAINER_LOG_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
 

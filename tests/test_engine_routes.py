@@ -34,6 +34,7 @@ from tests.engines import (
     started,
     user,
 )
+from tools import tiny_models
 
 pytestmark = [
     pytest.mark.engine,
@@ -100,7 +101,9 @@ async def test_the_worker_tells_what_the_engine_is(engine: Engine) -> None:
     assert about["models"] == ["tiny"]
     assert about["max_model_len"] == engine.max_model_len == 256
     assert about["max_num_seqs"] == engine.max_concurrency > 0
-    assert "generate" in about["tasks"]
+    assert about["tasks"] == ["generate", "chat", "tools"]
+    listed = await ask(engine, "/v1/models", None, method="GET")
+    assert [card["tasks"] for card in listed.json["data"]] == [about["tasks"]]
     assert CHAT in about["routes"] and "/v1/embeddings" not in about["routes"]
 
 
@@ -115,7 +118,9 @@ async def test_other_models_routes_are_not_there(engine: Engine) -> None:
 
 @pytest.fixture(scope="module")
 def built_pooling() -> Engine:
-    return build(TINY, "embed", RUNNER="pooling", CONVERT="embed", MAX_MODEL_LEN="128")
+    path = tiny_models.MODELS / "tiny-embed"
+    tiny_models.make_tiny_embed(path)
+    return build(path, "embed", MAX_MODEL_LEN="128")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -133,6 +138,7 @@ async def test_embeddings_as_numbers_and_as_base64(pooling: Engine) -> None:
     packed = await ask(pooling, "/v1/embeddings", {**body, "encoding_format": "base64"})
     data = base64.b64decode(packed.json["data"][0]["embedding"])
     assert struct.unpack("<64f", data) == pytest.approx(vectors[0], abs=1e-3)
+    assert pooling.tasks == ("embed", "score", "pool")
     assert numbers.usage["prompt_tokens"] == numbers.json["usage"]["prompt_tokens"] > 0
 
 

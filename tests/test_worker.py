@@ -370,7 +370,7 @@ BAD_BODIES: list[tuple[dict[str, Any], str]] = [
     ({"messages": "x"}, "messages"),
     ({"messages": ["x"]}, "messages"),
     ({"prompt": "x", "stream": "yes"}, "stream"),
-    ({"prompt": "x", "model": "nope"}, "'nope' is not served"),
+    ({"prompt": "x", "model": "nope"}, "`nope` does not exist"),
     ({"prompt": "x", "sampling_params": {"warmth": 1}}, "'warmth'"),
     ({"prompt": "x", "sampling_params": {"temperature": -1}}, "temperature"),
     ({"prompt": "x", "sampling_params": {"temperature": "hot"}}, "temperature"),

@@ -28,16 +28,24 @@ def _make(
     mend: Callable[[Any, Any], None] = lambda model, tokenizer: None,
     **config: Any,
 ) -> None:
-    """Save a random model of the class in `path`, whole or not at all, unless it is there."""
-    if (path / "config.json").exists():
-        return
-    demo_model.make()
+    """Save a random model of the class in `path`, unless it is there."""
+
+    def build(tokenizer: Any, transformers: Any) -> list[Any]:
+        model = _random(model_class, config_class, tokenizer, config)
+        mend(model, tokenizer)
+        return [tokenizer, model]
+
+    _save(path, build)
+
+
+def _random(
+    model_class: str, config_class: str, tokenizer: Any, config: dict[str, Any], seed: int = 0
+) -> Any:
     import torch
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model.FOLDER)
-    torch.manual_seed(0)
-    model = getattr(transformers, model_class)(
+    torch.manual_seed(seed)
+    return getattr(transformers, model_class)(
         getattr(transformers, config_class)(
             vocab_size=len(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
@@ -46,13 +54,24 @@ def _make(
             **{"tie_word_embeddings": True, **config},
         )
     ).to(torch.bfloat16)
+
+
+def _save(path: Path, build: Callable[[Any, Any], list[Any]]) -> None:
+    """Save the parts that `build` makes of tokenizer and library; whole or not at all."""
+    if (path / "config.json").exists():
+        return
+    demo_model.make()
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model.FOLDER)
     with torch.no_grad():
-        mend(model, tokenizer)
+        parts = build(tokenizer, transformers)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as temporary:
         work = Path(temporary) / "model"
-        tokenizer.save_pretrained(work)
-        model.save_pretrained(work)
+        for part in parts:
+            part.save_pretrained(work)
         (work / "model.safetensors").chmod(0o644)
         shutil.rmtree(path, ignore_errors=True)
         work.rename(path)
@@ -106,9 +125,78 @@ def make_tiny_talker(path: Path) -> None:
     )
 
 
+BERT: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 512,
+    # As wide as this, the vectors of two texts differ.
+    "initializer_range": 0.5,
+}
+
+
+def make_tiny_embed(path: Path) -> None:
+    """Make a BERT of 2 layers whose embeddings have 64 dimensions, context 512."""
+    _make(path, "BertModel", "BertConfig", **BERT)
+
+
+def make_tiny_rerank(path: Path) -> None:
+    """Make a BERT of 2 layers that scores a pair of texts: a cross-encoder, context 512."""
+    _make(path, "BertForSequenceClassification", "BertConfig", num_labels=1, **BERT)
+
+
+IMAGE_SIZE = 64
+"""The side to which tiny-vision brings an image, in pixels: 16 patches that become 4 tokens."""
+
+
+def make_tiny_vision(path: Path) -> None:
+    """Make an Idefics3 (SmolVLM's kind): a vision tower and a Llama of 2 layers, context 2,048."""
+
+    def build(tokenizer: Any, transformers: Any) -> list[Any]:
+        marks = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+        tokenizer.add_special_tokens({"additional_special_tokens": marks})
+        # Weights as wide as these make it see what is in an image.
+        wide = {"initializer_range": 0.5}
+        vision = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": IMAGE_SIZE,
+            "patch_size": 16,
+        }
+        text = {"vocab_size": len(tokenizer), "tie_word_embeddings": True}
+        model = _random(
+            "Idefics3ForConditionalGeneration",
+            "Idefics3Config",
+            tokenizer,
+            {
+                "text_config": transformers.LlamaConfig(**text, **wide, **SHAPE).to_dict(),
+                "vision_config": {**vision, **wide},
+                "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+                "scale_factor": 2,
+            },
+        )
+        images = transformers.Idefics3ImageProcessorPil(
+            size={"longest_edge": IMAGE_SIZE},
+            max_image_size={"longest_edge": IMAGE_SIZE},
+            do_image_splitting=False,
+        )
+        processor = transformers.Idefics3Processor(
+            images, tokenizer, image_seq_len=4, chat_template=tokenizer.chat_template
+        )
+        return [processor, model]
+
+    _save(path, build)
+
+
 KINDS: dict[str, Callable[[Path], None]] = {
     "tiny-llama": make_tiny_llama,
     "tiny-talker": make_tiny_talker,
+    "tiny-embed": make_tiny_embed,
+    "tiny-rerank": make_tiny_rerank,
+    "tiny-vision": make_tiny_vision,
 }
 
 if __name__ == "__main__":
