@@ -22,6 +22,8 @@ log = logging.getLogger("worker.engine")
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 OTHER_WEIGHTS = ("adapter_model.bin", "adapter_model.pt")
+WHOLE_MODELS = ("model*.safetensors", "pytorch_model*.bin", "consolidated*")
+"""What the weights of models are called that are no adapters."""
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _LORA = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.\w+)?\.weight$")
@@ -59,8 +61,13 @@ class Family:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter and no model of its own."""
-    return (path / CONFIG).is_file() and not (path / "config.json").is_file()
+    """Whether a folder holds an adapter and no model of its own.
+
+    Adapters may come with their base's `config.json`, and merged models with the `adapter_config`
+    of what was merged: the weights decide.
+    """
+    whole = (file for pattern in WHOLE_MODELS for file in path.glob(pattern))
+    return (path / CONFIG).is_file() and next(whole, None) is None
 
 
 def families(entries: Sequence[Entry]) -> list[Family]:

@@ -35,6 +35,12 @@ def test_an_entry_with_an_adapters_configuration_is_one(tmp_path: Path) -> None:
     assert (family.name, family.path) == (BASE.name, TINY)
     assert [(each.name, each.rank) for each in family.adapters] == [("org/alpha", 4), ("beta", 12)]
     assert families([BASE]) == [Family("tiny-llama", TINY)]
+    # With its base's configuration beside it, and a model with that of an adapter merged into it.
+    (alpha.path / "config.json").write_text("{}")
+    (alpha.path / "training_args.bin").touch()
+    merged = Entry("merged", make_adapter(tmp_path / "merged"))
+    (merged.path / "model-00001-of-00001.safetensors").touch()
+    assert [each.name for each in families([BASE, alpha, merged])] == ["tiny-llama", "merged"]
 
 
 def test_an_adapter_is_its_bases_or_else_the_first_ones(
