@@ -275,8 +275,8 @@ class Engine:
     def names(self) -> tuple[str, ...]:
         """The names that a request may give as its model, the adapters' among them."""
         loaded = self.app.state.openai_serving_models.lora_requests
-        adapters = [adapter.name for adapter in self.adapters if adapter.name not in loaded]
-        return (*self.served_model_names, *loaded, *adapters)
+        loading = [adapter.name for adapter in self.adapters if adapter.name not in loaded]
+        return (*self.served_model_names, *loaded, *loading)
 
     def about(self) -> dict[str, Any]:
         """Return what the `worker` route tells of the engine (SPEC section 8.2)."""
@@ -357,10 +357,9 @@ class Engine:
     async def _has_chat_template(self) -> bool:
         try:
             await self.render(GenerateBody(messages=[{"role": "user", "content": "Hello"}]))
-        except ValueError:
-            return False
-        except TemplateError:  # it has one, which wants other messages than this
-            return True
+        except (ValueError, TemplateError) as error:
+            # Any other complaint is that of a template which wants other messages.
+            return type(error).__name__ != "ChatTemplateResolutionError"
         return True
 
     def run(self, call: Call, cache_salt: str) -> Run:
