@@ -4,8 +4,8 @@
 
 What is inside will be loaded as code, so nothing of an archive is looked at before
 its seal has been verified, and that on a copy which nobody else can change. The tar
-is not compressed: the disks it is for read faster than anything unpacks, and it can
-hold no more than its own size.
+is not compressed: above some 100 MB/s a volume is read faster than gzip unpacks, and
+it can hold no more than its own size.
 
 Owns the format, the seal and whole-or-nothing writing. Knows nothing of vLLM, of
 what the files are or of where archives are kept.

@@ -173,7 +173,7 @@ class CompileCache:
                 return None
             if compile_archive.seal_of(self.archive) != self._seal:
                 return None  # of workers that began together the first publishes
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             size = compile_archive.write(
                 self.archive, self._local, sorted(files), self._key, self._secrets[0]
             )
