@@ -184,6 +184,8 @@ def _prepare(job: Mapping[str, Any], channel: _Channel) -> None:
         channel.say(snapshot={**dataclasses.asdict(snapshot), "path": str(snapshot.path)})
     if base is None:
         return
+    # No lease is held any more: the worker need not wait for an orderly end.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with channel.timed("prefetch") as facts:
         done = model_prefetch.prefetch(
             base.path,

@@ -206,6 +206,7 @@ def test_a_worker_that_is_stopped_gives_its_lease_back(volume: Path, hub: Hub) -
     job = {
         **{"models": ["org/tiny"], "hub_cache": str(volume), "endpoint": hub.url, "worker": "w"},
         **{"model_path": None, "model_dirs": [], "token": None, "offline": False},
+        **{"options": {}, "gpu_memory_utilization": 0.9},
     }
     command = [sys.executable, "preparation.py"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True) as process:
