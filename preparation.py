@@ -88,6 +88,7 @@ class Preparation:
                 else:
                     self._messages.put(message)
         finally:
+            lines.close()
             self._messages.put(None)
 
     def snapshots(self) -> list[Snapshot]:
@@ -115,6 +116,8 @@ class Preparation:
         self._child.terminate()
         self._reader.join()
         self._child.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self._input.close()
 
 
 # --- the child ------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """The prefetch into the kernel's page cache, seen by asking the kernel what is in there."""
 
+import contextlib
 import ctypes
 import logging
 import mmap
 import os
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import machine_memory
 from model_prefetch import file_system, load_strategy, prefetch, weight_files
 
 LOG = logging.getLogger("test.prefetch")
+FUSE = Path(__file__).parent / "fuse.py"
 SHARD_BYTES = 24 * 2**20
 PAGE = mmap.PAGESIZE
 
@@ -120,6 +123,51 @@ def test_what_lies_in_memory_is_not_copied_there() -> None:
     finally:
         file.unlink()
     assert (done.bytes, done.of_bytes, done.why) == (0, PAGE, "tmpfs is memory already")
+
+
+# --- on a volume ---
+
+
+@pytest.fixture
+def volume(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Path]]:
+    """A way to mount the model by FUSE, each time with nothing of it in the page cache."""
+    point = tmp_path_factory.mktemp("volume")
+    with contextlib.ExitStack() as mounts:
+
+        def mount() -> Path:
+            mounts.close()
+            command = [sys.executable, str(FUSE), str(model), str(point), "0.004"]
+            served = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            mounts.callback(served.communicate)  # ends its input, and so the mount
+            assert served.stdout
+            if (said := served.stdout.readline()) != "mounted\n":
+                pytest.skip(f"FUSE cannot be mounted here: {said.strip()}")
+            return point
+
+        if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+            pytest.skip("there is no FUSE here")
+        yield mount
+
+
+def test_from_a_volume_it_is_faster_than_one_reader(volume: Callable[[], Path]) -> None:
+    began = time.perf_counter()
+    for file in weight_files(volume()):
+        assert file.read_bytes()
+    alone_s = time.perf_counter() - began
+
+    folder = volume()
+    done = prefetch(folder)
+    assert done.bytes == 3 * SHARD_BYTES
+    assert done.seconds < alone_s / 2  # a quarter, where nothing else runs
+    assert min(resident(file) for file in weight_files(folder)) > 0.99
+
+
+def test_a_volume_is_known_for_what_it_is(volume: Callable[[], Path]) -> None:
+    folder = volume()
+    assert file_system(folder) == "fuse.test"
+    assert load_strategy(folder, {}) == "prefetch"
 
 
 # --- where the files lie ---
