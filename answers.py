@@ -24,6 +24,8 @@ class Progress:
     waited_s: float
     job_id: str
     workers: dict[str, int] | None = None
+    note: str = ""
+    """What the worker says of the wait, such as `loading model org/name`."""
 
 
 @dataclass(frozen=True, slots=True)

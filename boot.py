@@ -7,6 +7,7 @@ Owns that order, the record of where the time went, and that every fault is told
 handler and the job loop are rp_handler.py's.
 """
 
+import functools
 import logging
 import tempfile
 import threading
@@ -25,6 +26,7 @@ from crypto import KeyRing
 from engine_adapters import Family
 from errors import ConfigError
 from model_needs import OPTION_NAMES
+from model_swap import BaseModel, Models, clashes
 from preparation import Job, Preparation
 from readiness import Readiness
 from utils import Snapshot
@@ -42,7 +44,7 @@ class Booted:
 
     settings: Settings
     keys: KeyRing
-    engine: "Engine"
+    models: Models
     readiness: Readiness
     preparation: Preparation
     compile_cache: CompileCache | None
@@ -51,7 +53,7 @@ class Booted:
         """Tell and keep the record of this start; the worker takes jobs from now on."""
         self.preparation.finish()
         readiness = self.readiness
-        readiness.about["vllm"] = self.engine.about()["vllm"]
+        readiness.about["vllm"] = self.models.about()["vllm"]
         log.info("%s", readiness.table())
         log.info("start=%s", readiness.line())
         try:
@@ -78,11 +80,10 @@ def boot(environ: Mapping[str, str]) -> Booted:
             from engine_options import EngineOptions
         settings, keys = _checked(environ, EngineOptions())
         snapshots = preparation.snapshots()
-        # The first one's names are the operator's to choose; the others keep their own.
-        families = engine_adapters.families(snapshots)
+        bases = _bases(engine_adapters.families(snapshots), settings)
         compile_cache = _hydrated(local, settings, keys, snapshots[0], readiness) if local else None
         with readiness.phase("engine core"):
-            engine = load(families[0], settings.served_model_name, settings)
+            models = Models(bases, bases[0].build(), may_swap=settings.model_swap)
         for name, (began_at, ended_at) in engine_phases.noted(Path(phases.name)).items():
             readiness.add(name, began_at, ended_at)
     readiness.about |= {
@@ -93,7 +94,7 @@ def boot(environ: Mapping[str, str]) -> Booted:
     }
     for key in keys:
         log.info("key %s%s", key.id, f" ({key.name})" if key.name else "")
-    return Booted(settings, keys, engine, readiness, preparation, compile_cache)
+    return Booted(settings, keys, models, readiness, preparation, compile_cache)
 
 
 def load(family: Family, names: Sequence[str], settings: Settings) -> "Engine":
@@ -107,6 +108,20 @@ def load(family: Family, names: Sequence[str], settings: Settings) -> "Engine":
         settings.gpu_memory_utilization,
         family.adapters,
     )
+
+
+def _bases(families: Sequence[Family], settings: Settings) -> list[BaseModel]:
+    """Return the base models and how each is loaded; ConfigError if two have the same name."""
+    bases: list[BaseModel] = []
+    for family in families:
+        # The first one's names are the operator's to choose; the others keep their own.
+        names = () if bases else settings.served_model_name
+        adapters = (adapter.name for adapter in family.adapters)
+        build = functools.partial(load, family, names, settings)
+        bases.append(BaseModel((*(names or (family.name,)), *adapters), build))
+    if faults := clashes(bases):
+        raise ConfigError(faults)
+    return bases
 
 
 def _prepare(settings: Settings, readiness: Readiness) -> Preparation:

@@ -82,7 +82,7 @@ class Screen:
 
 def _progress_words(progress: Progress) -> str:
     if progress.state == "running":
-        return "running"
+        return f"running: {printable(progress.note)}" if progress.note else "running"
     words = f"queued {progress.waited_s:.0f} s"
     workers = progress.workers
     if workers is None:

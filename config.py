@@ -35,6 +35,7 @@ class Settings:
     offline: bool = False
     model_path: Path | None = None
     model_dirs: tuple[Path, ...] = ()
+    model_swap: bool = False
     served_model_name: tuple[str, ...] = ()
     gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION
     max_concurrency: int | None = None
@@ -133,7 +134,7 @@ SETTINGS = (
         _list,
         "required",
         "Hugging Face ids (`org/name`, `org/name@revision`) or folders, separated by commas; "
-        "the first is served",
+        "all are kept on the volume, the first is served, see `MODEL_SWAP`",
     ),
     Setting(
         "ENCRYPTION_KEY",
@@ -168,11 +169,18 @@ SETTINGS = (
         "`org/name`, `name` or `org--name` in each",
     ),
     Setting(
+        "MODEL_SWAP",
+        "model_swap",
+        _flag,
+        "false",
+        "load another model of `MODELS` when a request names it, in place of the one before",
+    ),
+    Setting(
         "SERVED_MODEL_NAME",
         "served_model_name",
         _list,
         "the id in `MODELS`",
-        "what requests call the model; several names separated by commas",
+        "what requests call the first model; several names separated by commas",
     ),
     Setting(
         "GPU_MEMORY_UTILIZATION",

@@ -21,7 +21,7 @@ from errors import (
     TamperedChunk,
     TruncatedAnswer,
 )
-from frames import AnswerEvent, End, FrameDecoder, Head
+from frames import AnswerEvent, End, FrameDecoder, Head, Note
 
 _RESTARTED = (
     "the platform ran the job again after part of the answer had been delivered "
@@ -54,6 +54,8 @@ class _Attempt:
         """Whether there is more than a head, which alone commits to nothing."""
         self.refused = False
         """Whether this attempt only says that another one is the answer (SPEC section 10)."""
+        self.note: str | None = None
+        """What it says instead of answering (SPEC section 6)."""
         self.next_seq = 0
         self.held: dict[int, OpenedChunk] = {}
         self._seen: dict[int, int] = {}
@@ -88,6 +90,9 @@ class _Attempt:
                 "the worker's answer has a form that this client does not know "
                 f"({error}); are worker and client of the same version?"
             ) from None
+        if events and isinstance(events[0], Note):
+            self.note = events[0].text
+            return
         said = self.has_begun
         self.events += events
         self.has_begun = said or any(not isinstance(event, Head) for event in events)
@@ -111,6 +116,8 @@ class Delivery:
         self._attempts: dict[bytes, _Attempt] = {}
         self._followed: _Attempt | None = None
         self.ended = False
+        self.note = ""
+        """The last word on how the wait goes."""
 
     def take(self, chunks: Iterable[Any]) -> list[AnswerEvent]:
         """Return the events that `chunks` complete.
@@ -129,6 +136,9 @@ class Delivery:
             if attempt is None:
                 attempt = self._attempts[opened.salt] = _Attempt()
             attempt.take(opened, hash(chunk))
+            if attempt.note is not None:
+                self.note = attempt.note
+                continue
             released += self._release(attempt)
         return released
 
@@ -147,9 +157,10 @@ class Delivery:
 
     def fault(self) -> SealedError:
         """Return what is wrong with an answer that did not reach its end and never will."""
-        candidates = [attempt for attempt in self._attempts.values() if not attempt.refused]
-        if not candidates and self._attempts:
-            refusal = next(iter(self._attempts.values())).end
+        attempts = [attempt for attempt in self._attempts.values() if attempt.note is None]
+        candidates = [attempt for attempt in attempts if not attempt.refused]
+        if not candidates and attempts:
+            refusal = attempts[0].end
             error = refusal and end_error(refusal)
             if error:
                 return error

@@ -18,6 +18,9 @@ Kind = Literal["generate", "body", "sse"]
 
 HEAD, TEXT, EVENT, BODY, TEMPLATE, FILL, SSE, END = range(1, 9)
 
+NOTE_STATUS = 102
+"""HTTP's "Processing": the status of the HEAD that is a note (SPEC section 6)."""
+
 MAX_TEMPLATES = 64
 """Templates per answer (SPEC section 6); past it events travel in full."""
 
@@ -42,6 +45,13 @@ class Head:
     status: int
     kind: Kind
     content_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A word on how the wait for an answer goes; alone in an attempt of its own."""
+
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +92,7 @@ class End:
     error: dict[str, Any] | None = None
 
 
-AnswerEvent = Head | Text | Event | Body | Sse | End
+AnswerEvent = Head | Note | Text | Event | Body | Sse | End
 
 
 def _frame(kind: int, data: bytes) -> bytes:
@@ -114,6 +124,9 @@ class FrameEncoder:
             case Head(status, kind, content_type):
                 head = {"status": status, "kind": kind, "content_type": content_type}
                 return _frame(HEAD, msgspec.json.encode(head))
+            case Note(text):
+                note = {"status": NOTE_STATUS, "kind": "body", "content_type": "", "note": text}
+                return _frame(HEAD, msgspec.json.encode(note))
             case End(usage, timings, error):
                 end = {"usage": usage, "timings": timings, "error": error}
                 return _frame(END, msgspec.json.encode(end))
@@ -165,6 +178,7 @@ class FrameDecoder:
         self._buffer = bytearray()
         self._templates: list[list[bytes]] = []
         self._begun = False
+        self._is_note = False
         self.ended = False
 
     def feed(self, payload: bytes) -> list[AnswerEvent]:
@@ -188,6 +202,8 @@ class FrameDecoder:
                 raise ValueError("a frame after END")
             if kind == HEAD and self._begun:
                 raise ValueError("a HEAD after another frame")
+            if self._is_note:
+                raise ValueError("a frame after a note")
             event = self._decode(kind, bytes(self._buffer[start + _FRAME.size : end]))
             self._begun = True
             start = end
@@ -198,7 +214,7 @@ class FrameDecoder:
     def _decode(self, kind: int, data: bytes) -> AnswerEvent | None:
         match kind:
             case 1:
-                return msgspec.convert(strict_json(data), Head)
+                return self._head(strict_json(data))
             case 2:
                 return Text(_index(data), data[_INDEX.size :].decode())
             case 3:
@@ -229,6 +245,13 @@ class FrameDecoder:
                 return end
             case _:
                 raise ValueError(f"unknown frame type {kind}")
+
+    def _head(self, value: Any) -> Head | Note:
+        head = msgspec.convert(value, Head)
+        if head.status != NOTE_STATUS:
+            return head
+        self._is_note = True
+        return Note(msgspec.convert(value.get("note"), str))
 
     def _fill(self, number: int, holes: list[bytes]) -> bytes:
         if number >= len(self._templates):

@@ -204,7 +204,8 @@ class Job(ABC):
         self._reporter.end()
 
     async def _report(self) -> None:
-        await self._reporter.report(self._status, self.id, self._submitted_s or 0.0)
+        note = self._delivery.note
+        await self._reporter.report(self._status, self.id, self._submitted_s or 0.0, note)
 
 
 def verdict(status: str, view: dict[str, Any], endpoint_id: str, key_id: str) -> SealedError:

@@ -70,6 +70,8 @@ class PolledJob(Job):
             return await self._finish()
         if chunks:
             self._delay_s = 0.0
+            if not events:  # they may hold a word of the worker
+                await self._report()
             return events
         await self._check_limits()
         if self._reporter.wanted and not self._end_watch:

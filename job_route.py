@@ -88,8 +88,8 @@ class RouteJob(Job):
             self._over = True
             raise self._failure(failure)
         self._status = "IN_PROGRESS"
-        await self._report()
         events = self._delivery.take([data])
+        await self._report()
         self._over = self._delivery.ended
         return events
 

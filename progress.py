@@ -16,13 +16,13 @@ HEALTH_S = 5.0
 
 
 class Reporter:
-    """Tells of one job: each change at once, a wait in the queue every second."""
+    """Tells of one job: each change and word of the worker at once, a queue every second."""
 
     def __init__(self, endpoint: Endpoint, on_progress: Callable[[Progress], None] | None) -> None:
         self.workers: dict[str, int] | None = None
         self._endpoint = endpoint
         self._on_progress = on_progress
-        self._told = ("", 0.0)
+        self._told = ("", "", 0.0)
         self._asked_s = float("-inf")
 
     @property
@@ -34,19 +34,19 @@ class Reporter:
         """Tell nothing more."""
         self._on_progress = None
 
-    async def report(self, status: str, job_id: str, submitted_s: float) -> None:
+    async def report(self, status: str, job_id: str, submitted_s: float, note: str = "") -> None:
         """Tell where the job stands; `submitted_s` is on the monotonic clock."""
         state = "queued" if status == "IN_QUEUE" else "running"
         now_s = time.monotonic()
-        before, at_s = self._told
-        if state == before and (state == "running" or now_s - at_s < PROGRESS_S):
+        *before, at_s = self._told
+        if [state, note] == before and (state == "running" or now_s - at_s < PROGRESS_S):
             return
-        self._told = (state, now_s)
+        self._told = (state, note, now_s)
         if state == "queued":
             await self.ask_workers()
         if self._on_progress:
             waited_s = time.monotonic() - submitted_s
-            self._on_progress(Progress(state, waited_s, job_id, self.workers))
+            self._on_progress(Progress(state, waited_s, job_id, self.workers, note))
 
     async def ask_workers(self) -> None:
         """Ask the platform for its workers, unless it was asked a moment ago."""

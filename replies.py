@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from crypto import AnswerSealer, Key, SimpleSealer
 from errors import Rejected, RequestError
-from frames import AnswerEvent, Body, End, Event, FrameEncoder, Head, Sse, Text, merge
+from frames import AnswerEvent, Body, End, Event, FrameEncoder, Head, Note, Sse, Text, merge
 from protocol import PlaintextInput, Request
 
 
@@ -42,19 +42,41 @@ class SealedReply:
         self.as_events = as_events
         self._frames = FrameEncoder()
         self._sealer = AnswerSealer(request, key)
+        self._request, self._key = request, key
+        self._note: Note | None = None
 
     def render(self, events: Iterable[AnswerEvent]) -> list[str]:
         events = list(events)
         if not events:
             return []
+        if isinstance(events[0], Note):
+            return self._seal_note(events[0])
         return self.seal(self._frames.encode(events), isinstance(events[-1], End))
 
     def payload(self, events: Iterable[AnswerEvent]) -> bytes:
-        """Return the frames of `events`, to be sealed by `seal` (paced mode)."""
+        """Return the frames of `events`, to be sealed by `seal` (paced mode).
+
+        A note takes the place of the next padding.
+        """
+        events = list(events)
+        if events and isinstance(events[0], Note):
+            self._note = events[0]
+            return b""
         return self._frames.encode(events)
 
     def seal(self, payload: bytes, final: bool) -> list[str]:
-        chunks = self._sealer.seal(payload, final=final)
+        if self._note and not payload and not final:
+            note, self._note = self._note, None
+            return self._seal_note(note)
+        return self._chunks(self._sealer.seal(payload, final=final))
+
+    def _seal_note(self, note: Note) -> list[str]:
+        """Return a note, which is an attempt of its own (SPEC section 6)."""
+        return self._chunks(
+            AnswerSealer(self._request, self._key).seal(FrameEncoder().encode([note]))
+        )
+
+    def _chunks(self, chunks: list[str]) -> list[str]:
         return [_event(chunk) for chunk in chunks] if self.as_events else chunks
 
     def padding(self) -> list[str]:

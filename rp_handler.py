@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
@@ -30,6 +30,7 @@ from config import Settings
 from crypto import CELL_PAYLOAD_BYTES, KeyRing, ReplayGuard, RequestOpener, open_simple
 from errors import ConfigError, EngineDead, ModelError, Rejected, RequestError
 from frames import AnswerEvent, Body, End, Head
+from model_swap import Models, Run
 from pacing import paced, with_signs
 from protocol import (
     GENERATE,
@@ -41,9 +42,6 @@ from protocol import (
     parse_job_input,
 )
 from replies import PlaintextReply, Reply, SealedReply, SimpleReply, rejection
-
-if TYPE_CHECKING:
-    from engine import Engine, Run
 
 VERSION = "0.1.0"
 
@@ -59,7 +57,7 @@ class _Job:
     route: str = "-"
     outcome: str = "cancelled"
     started: float = field(default_factory=time.perf_counter)
-    run: "Run | None" = None
+    run: Run | None = None
     as_events: bool = False
     """Whether it is answered in server-sent events (SPEC section 1.2)."""
     release: Callable[[], None] = lambda: None
@@ -81,10 +79,10 @@ class _Asked:
 class Handler:
     """Answers jobs; `handle` is what the SDK calls for each."""
 
-    def __init__(self, settings: Settings, keys: KeyRing, engine: "Engine") -> None:
+    def __init__(self, settings: Settings, keys: KeyRing, models: Models) -> None:
         self._settings = settings
         self._keys = keys
-        self._engine = engine
+        self._models = models
         self._opener = RequestOpener(
             keys,
             settings.endpoint_id,
@@ -95,7 +93,7 @@ class Handler:
         # Clients must not be able to guess another one's salt.
         self._salt = os.urandom(16).hex()
         self._closing: set[asyncio.Task[None]] = set()
-        self.max_concurrency = settings.max_concurrency or engine.max_concurrency
+        self.max_concurrency = settings.max_concurrency or models.max_concurrency
 
     async def handle(self, job: Mapping[str, Any]) -> AsyncIterator[Any]:
         """Yield the chunks of the answer to `job`; no exception and no plaintext leaves here."""
@@ -178,7 +176,7 @@ class Handler:
         return asked
 
     def _known(self, route: str) -> bool:
-        return route in (GENERATE, WORKER) or route in self._engine.routes
+        return route in (GENERATE, WORKER) or route in self._models.routes
 
     # --- answering ---
 
@@ -208,7 +206,12 @@ class Handler:
             if asked.call.route == WORKER:
                 yield self._worker(asked.call)
             else:
-                state.run = self._engine.run(asked.call, f"{self._salt}:{asked.key_name}")
+                until = asked.expires_at + self._settings.clock_skew_s
+                state.run = self._models.run(
+                    asked.call,
+                    f"{self._salt}:{asked.key_name}",
+                    until if asked.expires_at else None,
+                )
                 async for batch in state.run.batches():
                     refused |= _refusal(batch)
                     yield batch
@@ -239,7 +242,7 @@ class Handler:
         """Answer the `worker` route (SPEC section 8.2)."""
         if call.method != "GET":
             raise RequestError("worker takes GET", status=405)
-        about = {"worker": VERSION, "protocol": 1, "time": time.time(), **self._engine.about()}
+        about = {"worker": VERSION, "protocol": 1, "time": time.time(), **self._models.about()}
         body = json.dumps(about).encode()
         return [Head(200, "body", "application/json"), Body(body), End(None, {})]
 
@@ -316,8 +319,8 @@ def main() -> int:
 
 def serve(booted: Booted) -> int:
     """Take jobs by the SDK until SIGTERM (0) or until the engine has died (1)."""
-    engine, readiness = booted.engine, booted.readiness
-    handler = Handler(booted.settings, booted.keys, engine)
+    models, readiness = booted.models, booted.readiness
+    handler = Handler(booted.settings, booted.keys, models)
     began_at = time.time()
     import job_loop
 
@@ -325,21 +328,22 @@ def serve(booted: Booted) -> int:
     async def lifespan() -> AsyncIterator[None]:
         log_guard.guard_exceptions()  # the SDK has put its own hook in place by now
         readiness.add("taking jobs", began_at, time.time())
-        await engine.start(readiness.phase)
+        await models.start(readiness.phase)
         booted.ready()
-        log.info("ready: %s, %s", ", ".join(engine.served_model_names), ", ".join(engine.tasks))
+        about = models.about()
+        log.info("ready: %s, %s", ", ".join(about["models"]), ", ".join(about["tasks"]))
         yield
         await handler.drain()
-        if engine.dead:
+        if models.dead:
             log.error("%s; this worker ends so that the platform replaces it", EngineDead().message)
         else:
-            await engine.stop()
+            await models.stop()
 
     failed = job_loop.run(
         job_loop.Worker(
             handler=handler.handle,
             lifespan=lifespan,
-            failed=lambda: engine.dead,
+            failed=lambda: models.dead,
             max_concurrency=handler.max_concurrency,
         )
     )

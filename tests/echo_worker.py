@@ -22,7 +22,7 @@ import runpod
 import log_guard
 from crypto import KeyRing, RequestOpener
 from errors import Rejected, RequestError
-from frames import AnswerEvent, Body, End, Event, Head, Sse, Text
+from frames import AnswerEvent, Body, End, Event, Head, Note, Sse, Text
 from pacing import with_signs
 from protocol import MAX_TTL_S, Request, SealedInput, parse_generate, parse_job_input
 from replies import SealedReply, rejection
@@ -137,6 +137,9 @@ async def generate(content: bytes, job_id: str) -> AsyncIterator[Said]:
         raise RequestError("the prompt is longer than the context", param="messages")
     if behaviour == "already_running":
         raise RequestError("elsewhere", status=409, code="already_running")
+    for word in params.get("notes", ()):
+        yield Note(word)
+        await asyncio.sleep(params.get("pause_s", 0))
     await asyncio.sleep(params.get("before_s", 0))
     yield Head(200, "generate", "text/plain")
     words = text.split(" ")

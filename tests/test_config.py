@@ -55,6 +55,7 @@ def test_what_must_be_set_is_missed_all_at_once() -> None:
         ("HF_HUB_OFFLINE", "1", "offline", True),
         ("MODEL_PATH", "/model", "model_path", Path("/model")),
         ("MODEL_DIRS", "/a:/b, c", "model_dirs", (Path("/a"), Path("/b"), Path("c"))),
+        ("MODEL_SWAP", "true", "model_swap", True),
         ("SERVED_MODEL_NAME", "a,b", "served_model_name", ("a", "b")),
         ("GPU_MEMORY_UTILIZATION", "0.5", "gpu_memory_utilization", 0.5),
         ("MAX_CONCURRENCY", "7", "max_concurrency", 7),

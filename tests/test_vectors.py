@@ -271,13 +271,19 @@ class Attempt:
                 self.frames, rest = read_frames(self.payload)
             except (Refused, ValueError, TypeError, KeyError, struct.error, IndexError):
                 raise Refused("frame") from None
+            if self.is_note and len(self.frames) > 1:
+                raise Refused("frame")
             self.ended = bool(self.frames) and self.frames[-1][0] == "END"
             if self.ended != final or (final and rest):
                 raise Refused("frame")
 
     @property
     def begun(self) -> bool:
-        return any(name != "HEAD" for name, *_ in self.frames)
+        return any(name not in ("HEAD", "NOTE") for name, *_ in self.frames)
+
+    @property
+    def is_note(self) -> bool:
+        return bool(self.frames) and self.frames[0][0] == "NOTE"
 
     @property
     def points(self) -> str | None:
@@ -304,9 +310,10 @@ def open_answer(
         delivered = attempt
         if attempt.ended:
             return attempt.frames
-    left = [attempt for attempt in attempts.values() if not attempt.points]
-    if attempts and not left:
-        raise Refused(str(next(iter(attempts.values())).points))
+    answers = [attempt for attempt in attempts.values() if not attempt.is_note]
+    left = [attempt for attempt in answers if not attempt.points]
+    if answers and not left:
+        raise Refused(str(answers[0].points))
     if delivered and len(left) > 1:
         raise Refused("restarted")
     missing = any(attempt.next_seq <= max(attempt.chunks) for attempt in left)
@@ -337,6 +344,8 @@ def read_frame(kind: int, content: bytes, templates: list[list[bytes]]) -> list[
     match kind:
         case 1:
             head = read_object(content, status=int, kind=str, content_type=str)
+            if head["status"] == 102:
+                return ["NOTE", read_object(content, note=str)["note"]]
             if head["kind"] not in ("generate", "body", "sse"):
                 raise ValueError
             return ["HEAD", head]

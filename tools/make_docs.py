@@ -32,6 +32,7 @@ GROUPS = {
         "readiness",
         "readiness_report",
         "engine_phases",
+        "model_swap",
         "job_loop",
         "replies",
         "pacing",

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from crypto import AnswerSealer, Key, SimpleSealer, b64, new_request, seal_request
-from frames import Body, End, Event, FrameEncoder, Head, Sse, Text
+from frames import Body, End, Event, FrameEncoder, Head, Note, Sse, Text
 from protocol import Request, pad_request
 
 NOW = 1_790_000_000
@@ -519,6 +519,9 @@ def answers() -> list[Case]:
     def pointing(code: str) -> list[str]:
         return seal(frames([points(code)]), fixed(code, 16))[0]
 
+    def note(text: str, name: str) -> list[str]:
+        return seal(frames([Note(text)]), fixed(name, 16), final=False)[0]
+
     body = [Head(404, "body", "application/json"), Body(b'{"error":{"message":"no"}}'), end]
     joined = b"".join(payloads)
     cuts = [0, 2, joined.index("é".encode()) + 1, joined.index(b"12.5") + 2, len(joined)]
@@ -612,6 +615,12 @@ def answers() -> list[Case]:
             "replayed before",
             "An END that points at another attempt, then that attempt.",
             [*pointing("replayed"), *chunks],
+            whole,
+        ),
+        opens(
+            "notes",
+            "Words on the wait, each an attempt of its own: before the answer, and late.",
+            [*note("loading model org/b", "n1"), *chunks[:2], *note("late", "n2"), chunks[2]],
             whole,
         ),
         opens(
@@ -754,6 +763,16 @@ def answers() -> list[Case]:
             seal([ended, b""], fixed("early end", 16))[0],
             "frame",
         ),
+        wrong_frames(
+            "after a note",
+            "A note is all there is of its attempt.",
+            frames([Note("x"), end])[0],
+        ),
+        wrong_frames(
+            "a note without its words",
+            "Status 102, but no `note`.",
+            raw(1, b'{"status":102,"kind":"body","content_type":""}') + ended_only,
+        ),
         wrong_frames("END missing", "The final chunk ends without END.", frames([head])[0]),
         wrong_frames("half a frame", "The final chunk ends within a frame.", ended + b"\2\0\0"),
         wrong_frames("after END", "A frame follows.", ended + raw(2, b"\0\0x")),
@@ -789,6 +808,18 @@ def answers() -> list[Case]:
         refuse("first missing", "The first chunk never came.", chunks[1:], "missing"),
         refuse("middle missing", "One within never came.", [chunks[0], chunks[2]], "missing"),
         refuse("last missing", "The job ended without the final chunk.", chunks[:2], "truncated"),
+        refuse(
+            "last missing beside a note",
+            "A note is no second attempt: it is still the final chunk that lacks.",
+            [*note("loading model org/b", "n3"), *chunks[:2]],
+            "truncated",
+        ),
+        refuse(
+            "only replayed beside a note",
+            "A note is no answer either.",
+            [*note("loading model org/b", "n4"), *pointing("replayed")],
+            "replayed",
+        ),
         refuse("nothing", "The job ended without any chunk.", [], "truncated"),
         refuse(
             "second attempt", "A new salt after delivery began.", [chunks[0], *again], "restarted"
