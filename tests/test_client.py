@@ -744,6 +744,15 @@ def test_progress_tells_queued_and_running(unheld: Echo) -> None:
     assert all(progress.job_id == answer.job_id for progress in seen)
 
 
+def test_progress_tells_what_the_worker_says_of_the_wait(client: Either) -> None:
+    seen: list[Progress] = []
+    words = ["loading model b", "loading model b, still"]
+    answer = client.chat("a b c", notes=words, pause_s=0.2, on_progress=seen.append)
+    assert answer.text == "a b c"
+    told = [(progress.state, progress.note) for progress in seen if progress.note]
+    assert told == [("running", word) for word in words]
+
+
 def test_polling_adapts_to_the_platform(echo: Echo, unheld: Echo) -> None:
     def reads(platform: Echo) -> int:
         with platform.watch("stream") as watched:

@@ -20,7 +20,7 @@ from errors import (
     TamperedChunk,
     TruncatedAnswer,
 )
-from frames import AnswerEvent, Body, End, Event, FrameEncoder, Head, Sse, Text, merge
+from frames import AnswerEvent, Body, End, Event, FrameEncoder, Head, Note, Sse, Text, merge
 
 KEY = Key(bytes(range(32)))
 REQUEST = new_request("generate", b"{}", audience="e", ttl_s=60)
@@ -185,6 +185,34 @@ def test_a_new_attempt_is_followed_before_anything_was_delivered(streamed: bool)
 def test_padding_alone_delivers_nothing() -> None:
     dead = AnswerSealer(REQUEST, KEY).seal(b"")
     assert text(new().take([*dead, *seal(WORDS)])) == TEXT
+
+
+def test_notes_are_told_and_are_no_part_of_the_answer(streamed: bool) -> None:
+    first, late = (seal([Note(words)], final=False) for words in ("loading", "late"))
+    subject, chunks = new(streamed=streamed), seal(WORDS)
+    assert subject.take(first) == []
+    assert subject.note == "loading"
+    events = subject.take([*chunks[:3], *late, *first, *chunks[3:]])
+    assert events == WORDS
+    assert subject.ended
+
+
+def test_a_note_changes_nothing_of_what_is_wrong() -> None:
+    note = seal([Note("loading")], final=False)
+    subject = new()
+    subject.take(note)
+    assert isinstance(subject.fault(), TruncatedAnswer)
+    subject.take(seal([refusal("replayed")]))
+    assert "m" in str(subject.fault()) and isinstance(subject.fault(), RequestError)
+    subject.take(seal(WORDS)[:2])
+    assert isinstance(subject.fault(), TruncatedAnswer)
+
+
+def test_an_answer_that_begins_with_a_note_is_refused() -> None:
+    with pytest.raises(AnswerError, match="form"):
+        new().take(seal([Note("loading"), *WORDS[1:]]))
+    with pytest.raises(AnswerError, match="form"):
+        new().take(seal([Note("loading")], final=True))
 
 
 def test_a_new_attempt_after_delivery_is_an_error_that_says_so() -> None:

@@ -15,7 +15,7 @@ from crypto import (
     open_simple_answer,
 )
 from errors import Rejected, RequestError
-from frames import AnswerEvent, Body, End, Event, FrameDecoder, Head, Sse, Text
+from frames import AnswerEvent, Body, End, Event, FrameDecoder, Head, Note, Sse, Text
 from protocol import Request, parse_job_input
 from replies import PlaintextReply, SealedReply, SimpleReply, rejection
 
@@ -80,6 +80,37 @@ class TestSealed:
         assert [chunk.final for chunk in opened] == [False, False, False, True]
         assert opened[0].payload == b""
 
+    def test_a_note_is_an_attempt_of_its_own(self, key: Key, request_: Request) -> None:
+        reply = SealedReply(request_, key)
+        (note,), (later,) = (reply.render([Note(words)]) for words in ("loading", "still"))
+        (answer,) = reply.render([HEAD, End(USAGE, {})])
+        opener = AnswerOpener(request_, key)
+        opened = [opener.open(chunk) for chunk in (note, later, answer)]
+        assert len({chunk.salt for chunk in opened}) == 3
+        assert [(chunk.seq, chunk.final) for chunk in opened] == [
+            (0, False),
+            (0, False),
+            (0, True),
+        ]
+        assert FrameDecoder().feed(opened[0].payload) == [Note("loading")]
+        assert len(note) == len(answer)
+        (event,) = SealedReply(request_, key, as_events=True).render([Note("loading")])
+        assert event.startswith("data: 1.") and event.endswith("\n\n")
+
+    def test_paced_a_note_takes_the_place_of_padding(self, key: Key, request_: Request) -> None:
+        reply = SealedReply(request_, key)
+        assert reply.payload([Note("loading")]) == b""
+        begun = reply.payload([HEAD])
+        chunks = [
+            reply.seal(*given)
+            for given in ((begun, False), (b"", False), (b"", False), (b"", True))
+        ]
+        opener = AnswerOpener(request_, key)
+        opened = [opener.open(chunk) for (chunk,) in chunks]
+        assert opened[1].salt != opened[0].salt
+        assert [chunk.seq for chunk in opened] == [0, 0, 1, 2]
+        assert FrameDecoder().feed(opened[1].payload) == [Note("loading")]
+
     def test_a_rejection_is_a_failed_job_and_an_event_before_it(self) -> None:
         assert rejection(as_events=False) == [{"error": Rejected.TEXT}]
         assert rejection(as_events=True) == [
@@ -94,6 +125,9 @@ class TestSimple:
         return [
             open_simple_answer(key, chunk) for batch in batches for chunk in reply.render(batch)
         ]
+
+    def test_a_note_is_left_out(self, key: Key) -> None:
+        assert self.objects(key, [Note("loading")]) == []
 
     def test_text_then_end(self, key: Key) -> None:
         assert self.objects(
