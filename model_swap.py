@@ -196,8 +196,6 @@ class Models:
             return engine.run(call, cache_salt)
         if call.route == LISTING and call.method == "GET":
             return _Told(msgspec.json.encode({"object": "list", "data": self._listing()}))
-        if model in self._failed and not self.dead:
-            raise self._failed[model]
         return _Call(self, model, call, cache_salt, expires_at)
 
     # --- which model ---

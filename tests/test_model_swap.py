@@ -84,6 +84,7 @@ class House:
 
     def __init__(self, *names: str, may_swap: bool = True, **options: float) -> None:
         self.journal: list[str] = []
+        self.tried: list[str] = []
         self.alive: str | None = None
         self.unstartable: set[str] = set()
         self.unbuildable: set[str] = set()
@@ -99,6 +100,7 @@ class House:
     def _builder(self, name: str) -> Callable[[], Peer]:
         def build() -> Peer:
             assert self.loads.wait(10)
+            self.tried.append(name)
             if name in self.unbuildable:
                 raise ConfigError([f"{name} does not fit"])
             self.engines.append(Peer(self, name))
@@ -345,7 +347,7 @@ async def test_a_model_that_fails_gives_way_to_the_one_before(house: House, faul
     assert await third.text() == "c"
     again = await (await house.ask("b")).error()
     assert again.code == "model_not_loadable"
-    assert house.journal.count("build b") == (0 if fault == "unbuildable" else 1)
+    assert house.tried.count("b") == 1
     assert "b" not in str(house.models.about()["swappable"])
     assert not house.models.dead
 
