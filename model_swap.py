@@ -24,11 +24,11 @@ import collections
 import contextlib
 import gc
 import logging
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import msgspec
 
@@ -41,14 +41,15 @@ log = logging.getLogger("worker.models")
 LINGER_S = 1.0
 """How long a loaded model without calls is kept for the next one within its turn."""
 
+HEALTH_INTERVAL_S = 0.25
+"""How often an engine that starts is asked whether it lives."""
+
 NOTE_EVERY_S = 10.0
 """How often somebody who waits is told so, besides when there is news."""
 
 LISTING = "/v1/models"
 
 Timed = Callable[[str], contextlib.AbstractContextManager[Any]]
-
-T = TypeVar("T")
 
 
 class Run(Protocol):
@@ -141,6 +142,8 @@ class Models:
         self._idle_since_s = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
+        # One thread for good: the engine's processes end with the thread that has started them.
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load-model")
         self._linger_s = linger_s
         self.note_every_s = note_every_s
         self.max_concurrency = engine.max_concurrency
@@ -372,8 +375,9 @@ class Models:
         """Have the engine hold a model; or say why it cannot and return False."""
         engine: Engine | None = None
         try:
-            engine = await _in_thread(model.build)
-            await self._start(engine)
+            loop = asyncio.get_running_loop()
+            engine = await loop.run_in_executor(self._loader, model.build)
+            await _unless_dead(engine, self._start(engine))
         except Exception as error:
             reason = str(error) if isinstance(error, SealedError) else type(error).__name__
             if isinstance(error, ConfigError):
@@ -492,27 +496,13 @@ def _names(models: Iterable[BaseModel]) -> str:
     return ", ".join(name for model in models for name in model.names)
 
 
-async def _in_thread(work: Callable[[], T]) -> T:
-    """Return what `work` returns, from a thread that no end of the process waits for."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = work()
-        except BaseException as raised:
-            error = raised
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run, name="load-model", daemon=True).start()
-    return await done
+async def _unless_dead(engine: Engine, start: Coroutine[Any, Any, None]) -> None:
+    """Wait for an engine's start; ConfigError if it dies meanwhile, which may end no wait."""
+    starting = asyncio.create_task(start)
+    try:
+        while not (await asyncio.wait({starting}, timeout=HEALTH_INTERVAL_S))[0]:
+            if engine.dead:
+                raise ConfigError(["its engine died while it started"])
+        starting.result()
+    finally:
+        starting.cancel()

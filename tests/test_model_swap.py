@@ -45,6 +45,9 @@ class Peer:
     async def start(self, timed: Any = None) -> None:
         if self.name in self.house.unstartable:
             raise ConfigError(["the engine cannot answer"])
+        if self.name in self.house.dying:
+            self.dead = True
+            await asyncio.Event().wait()
 
     def run(self, call: Call, cache_salt: str) -> "PeerRun":
         return PeerRun(self, call)
@@ -88,6 +91,7 @@ class House:
         self.alive: str | None = None
         self.unstartable: set[str] = set()
         self.unbuildable: set[str] = set()
+        self.dying: set[str] = set()
         self.loads = threading.Event()
         self.loads.set()
         self.open = asyncio.Event()
@@ -330,8 +334,13 @@ async def test_who_waits_is_told_so_again_and_again() -> None:
     await other.cancel()
 
 
-@pytest.mark.parametrize("fault", ["unbuildable", "unstartable"])
-async def test_a_model_that_fails_gives_way_to_the_one_before(house: House, fault: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("unbuildable", "does not fit"), ("unstartable", "cannot answer"), ("dying", "died")],
+)
+async def test_a_model_that_fails_gives_way_to_the_one_before(
+    house: House, fault: str, words: str
+) -> None:
     getattr(house, fault).add("b")
     running = await house.ask("a")
     wrong = [await house.ask("b") for _ in range(3)]
@@ -342,7 +351,7 @@ async def test_a_model_that_fails_gives_way_to_the_one_before(house: House, faul
     for each in wrong:
         error = await each.error()
         assert (error.status, error.code) == (503, "model_not_loadable")
-        assert ("does not fit" if fault == "unbuildable" else "cannot answer") in str(error)
+        assert words in str(error)
     assert await right.text() == "a"
     assert await third.text() == "c"
     again = await (await house.ask("b")).error()
