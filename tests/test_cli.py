@@ -315,6 +315,13 @@ def test_a_terminal_shows_the_queue(tmp_path: Path) -> None:
         assert quiet.err.count("\n") == 1
 
 
+def test_the_wait_is_shown_in_the_words_of_the_worker(echo: Echo) -> None:
+    words = ["-o", "notes", json.dumps(["loading model b \x1b[31m"]), "-o", "pause_s", "0.2"]
+    done = run(echo.environ, "-v", "hello", *words)
+    assert (done.code, done.out) == (0, "hello\n")
+    assert "running: loading model b ␛[31m\n" in done.err
+
+
 def test_a_conversation_in_a_terminal(echo: Echo, tmp_path: Path) -> None:
     environ = {**echo.environ, "HOME": str(tmp_path)}
     terminal = Terminal(environ, "chat")

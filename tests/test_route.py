@@ -160,6 +160,13 @@ def client(request: pytest.FixtureRequest, echo: Echo) -> Either:
     return kind(by_route(echo))
 
 
+def test_notes_of_the_wait_are_told(client: Either) -> None:
+    seen: list[Progress] = []
+    words = ["loading model b", "loading model b, still"]
+    assert client.chat("a b", notes=words, pause_s=0.2, on_progress=seen.append).text == "a b"
+    assert [progress.note for progress in seen if progress.note] == words
+
+
 def until_over(echo: Echo, status: Status = Status.COMPLETED) -> None:
     until(lambda: echo.last_job().status.final, 10, "over")
     assert echo.last_job().status is status
