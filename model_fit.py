@@ -121,6 +121,8 @@ def estimate(shape: Shape, settings: FitSettings, memory: Memory | None) -> Esti
     found = _estimate(shape, settings, memory)
     if memory is None or found.verdict in ("fits", "not known"):
         return found
+    if memory.kind == "gpu" and found.devices > memory.count:
+        return found  # what is lacking is not memory
     return dataclasses.replace(found, changes=tuple(_changes(shape, settings, memory)))
 
 
@@ -178,6 +180,16 @@ def _judge(
     if settings.remodelled_by:
         return "not known", False, f"{takes} unless {settings.remodelled_by} changes that"
     gpu = memory.kind == "gpu"
+    wanted = settings.devices * settings.data_parallel_size
+    if gpu and wanted > memory.count:
+        return (
+            "too large",
+            False,
+            (
+                f"is to run on {wanted} GPUs, and this worker has {memory.count}: change the "
+                "endpoint's GPUs per worker, or TENSOR_PARALLEL_SIZE and its like"
+            ),
+        )
     reserved = settings.kv_cache_memory_bytes or (0 if gpu else room)
     has = memory.total_bytes
     budget, share = has, f"{memory.name} has {memory_size(has)}"
@@ -185,7 +197,7 @@ def _judge(
         budget = int(has * settings.gpu_memory_utilization)
         share += f", of which vLLM takes {memory_size(budget)}"
     # Processes of the engine that share a machine's memory take it together.
-    together = 1 if gpu else settings.devices * settings.data_parallel_size
+    together = 1 if gpu else wanted
     sure = not (settings.cpu_offload_bytes or _divided_unclearly(shape, settings))
     if weights * together > budget:
         return "too large", sure, f"{takes}, and {share}"
@@ -216,6 +228,7 @@ def _changes(shape: Shape, settings: FitSettings, memory: Memory) -> Iterator[Ch
     """Yield what makes the model fit, each tried out; with a shorter context where that is left."""
     for new, effect in _ways(shape, settings, memory):
         changed = dataclasses.replace(settings, **new)
+        memory = dataclasses.replace(memory, count=_MAX_DEVICES**2)  # as many as it takes
         found = _estimate(shape, changed, memory)
         if found.verdict != "fits" and (not new or settings.max_model_len is None):
             needs = sequence_bytes(shape, changed, memory)

@@ -71,12 +71,16 @@ def _devices(args: argparse.Namespace, settings: Settings) -> tuple[Memory | Non
         raise ConfigError(faults)
     if args.gpus and not options.keys() & {"TENSOR_PARALLEL_SIZE", "PIPELINE_PARALLEL_SIZE"}:
         options["TENSOR_PARALLEL_SIZE"] = str(args.gpus)
-    memory = machine_memory.here()
+    memory, wanted = (
+        machine_memory.here(),
+        FitSettings.read(options, settings.gpu_memory_utilization),
+    )
     if memory_bytes:
-        memory = Memory("gpu", "the GPU", args.gpus or 1, memory_bytes, memory_bytes)
+        count = args.gpus or wanted.devices * wanted.data_parallel_size
+        memory = Memory("gpu", "the GPU", count, memory_bytes, memory_bytes)
     elif args.gpus and memory and memory.kind == "cpu":
         raise ConfigError(["there is no GPU here: --gpus needs --gpu-memory, such as 24GB"])
-    return memory, FitSettings.read(options, settings.gpu_memory_utilization)
+    return memory, wanted
 
 
 def _lengths(found: Estimate) -> list[int]:

@@ -249,6 +249,12 @@ def test_the_verdict_is_certain_only_where_vllm_could_only_fail(
     assert (found.verdict, found.certain) == (verdict, certain)
 
 
+def test_gpus_that_are_not_there_are_told_but_left_to_vllm() -> None:
+    found = fit(gpu(80), tensor_parallel_size=2, pipeline_parallel_size=2)
+    assert (found.verdict, found.certain, found.changes) == ("too large", False, ())
+    assert "is to run on 4 GPUs, and this worker has 1" in found.why
+
+
 def test_a_cache_of_unknown_kind_stops_nothing() -> None:
     found = fit(gpu(24), llama(architectures=["MambaForCausalLM"]), max_model_len=10**9)
     assert (found.verdict, found.certain) == ("not known", False)
@@ -270,7 +276,7 @@ def test_every_change_that_is_proposed_helps(gib: float, settings: dict[str, Any
     for change in found.changes:
         options = {name.upper(): str(value) for name, value in settings.items()}
         changed = FitSettings.read({**options, **change.settings}, 0.95)
-        assert estimate(llama(), changed, gpu(gib)).verdict == "fits", change
+        assert estimate(llama(), changed, gpu(gib, changed.devices)).verdict == "fits", change
 
 
 def test_the_longest_that_fits_is_the_longest() -> None:
