@@ -132,6 +132,7 @@ def listening() -> Iterator[tuple[str, list[bytes]]]:
                 except OSError:
                     return
                 came.append(connection.recv(1000))
+                connection.sendall(b"HTTP/1.0 404 Not Found\r\ncontent-length: 0\r\n\r\n")
                 connection.close()
 
         thread = threading.Thread(target=accept, daemon=True)
