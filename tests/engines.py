@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import config
 import machine_memory
 import model_shape
+from engine_adapters import Adapter
 from frames import AnswerEvent, Body, End, Event, Head, Sse, Text
 from model_fit import estimate
 from model_needs import FitSettings
@@ -41,12 +42,15 @@ SMALL = {"ENFORCE_EAGER": "true", "KV_CACHE_MEMORY_BYTES": str(256 * 2**20)}
 """Settings that every engine of the tests has."""
 
 
-def build(model: Path, name: str, **options: str) -> Engine:
+def build(model: Path, name: str, adapters: Sequence[Adapter] = (), /, **options: str) -> Engine:
     """Return an engine that is loaded but not started; slow."""
     if vllm.__version__.startswith("0.30"):
         # It checks each request for the backend that suits it, and runs all on that of the first.
         options.setdefault("STRUCTURED_OUTPUTS_CONFIG", '{"backend": "xgrammar"}')
-    return Engine(str(model), [name], {**SMALL, **options}, 0.5)
+    with warnings.catch_warnings():
+        # The core is a fork of this process: its libraries' warnings must not be errors there.
+        warnings.simplefilter("default")
+        return Engine(str(model), [name], {**SMALL, **options}, 0.5, adapters)
 
 
 @contextlib.asynccontextmanager

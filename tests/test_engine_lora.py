@@ -12,7 +12,7 @@ from engine_adapters import Adapter
 from errors import ConfigError, RequestError
 from protocol import GENERATE
 from tests.adapters import make_adapter
-from tests.engines import CHAT, SMALL, TINY, Engine, ask, generate, started, user
+from tests.engines import CHAT, TINY, Engine, ask, build, generate, started, user
 
 pytestmark = [
     pytest.mark.engine,
@@ -41,7 +41,7 @@ def built(folder: Path) -> Engine:
         Adapter("org/alpha", make_adapter(folder / "alpha", rank=4, seed=1), 4, ""),
         Adapter("beta", make_adapter(folder / "beta", rank=12, seed=2), 12, ""),
     ]
-    return Engine(str(TINY), ["tiny"], {**SMALL, "MAX_MODEL_LEN": "256"}, 0.5, adapters)
+    return build(TINY, "tiny", adapters, MAX_MODEL_LEN="256")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
