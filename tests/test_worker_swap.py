@@ -121,6 +121,28 @@ def said(answered: Answered) -> str:
     return "".join(delta.get("content") or "" for delta in deltas)
 
 
+def ask_by_command(caller: Caller, worker: RunningWorker, model: str) -> subprocess.Popen[str]:
+    """Start `client.py` with what `tokens(24)` asks; it says on stderr how the wait goes."""
+    options = [
+        word if isinstance(word, str) else json.dumps(word)
+        for name, value in tokens(24)["sampling_params"].items()
+        for word in ("-o", name, value)
+    ]
+    return subprocess.Popen(
+        [sys.executable, ROOT / "client.py", "ask", "Speak.", "-v", "--model", model, *options],
+        env={
+            **os.environ,
+            "RUNPOD_API_BASE": caller.platform.base_url,
+            "RUNPOD_ENDPOINT_ID": caller.platform.endpoint_id,
+            "RUNPOD_API_KEY": caller.platform.api_key,
+            "ENCRYPTION_KEY": worker.key,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def loaded(caller: Caller) -> list[str]:
     models: list[str] = caller.ask("worker", None).json()["models"]
     return models
@@ -153,12 +175,18 @@ def test_a_call_for_another_model_exchanges_the_engine(
     before, shared = engine_processes(worker), worker.shared_memory()
     assert before and shared
 
-    answered = patiently(caller, to(TALKER, tokens(24)))
+    told = caller.send("generate", to(TALKER, tokens(24)))
+    command = ask_by_command(caller, worker, TALKER)
+
+    answered = caller.read(told, SWAP_S)
 
     texts[TALKER] = said(answered)
     assert texts[TALKER] != texts[LLAMA]
-    assert notes(answered) == [f"loading model {TALKER}"]
+    assert f"loading model {TALKER}" in notes(answered)
     assert {len(chunk) for chunk in answered.chunks} == {1489}
+    out, err = command.communicate(timeout=SWAP_S)
+    assert (command.returncode, out.rstrip("\n")) == (0, texts[TALKER].rstrip("\n")), err
+    assert f"running: loading model {TALKER}" in err.splitlines()
     timings = answered.end.timings
     assert 500 < timings["queue_ms"] <= timings["first_token_ms"] <= timings["total_ms"]
     after = engine_processes(worker)
@@ -222,39 +250,6 @@ def test_who_is_cancelled_while_it_waits_exchanges_nothing(
     assert worker.log.count(" is loaded, after ") == swaps
 
 
-def test_the_command_shows_how_the_wait_goes(
-    caller: Caller, worker: RunningWorker, texts: dict[str, str]
-) -> None:
-    (model,) = loaded(caller)
-    other = TALKER if model == LLAMA else LLAMA
-    options = [word for pair in tokens(24)["sampling_params"].items() for word in ("-o", *pair)]
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "client.py"),
-            "ask",
-            "Speak.",
-            "--verbose",
-            "--model",
-            other,
-            *(word if isinstance(word, str) else json.dumps(word) for word in options),
-        ],
-        env={
-            **os.environ,
-            "RUNPOD_API_BASE": caller.platform.base_url,
-            "RUNPOD_ENDPOINT_ID": caller.platform.endpoint_id,
-            "RUNPOD_API_KEY": caller.platform.api_key,
-            "ENCRYPTION_KEY": worker.key,
-        },
-        capture_output=True,
-        text=True,
-        timeout=SWAP_S,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip("\n") == texts[other].rstrip("\n")
-    assert f"running: loading model {other}" in done.stderr.splitlines()
-
-
 def test_a_model_that_does_not_start_gives_way_to_the_one_before(
     caller: Caller, worker: RunningWorker, texts: dict[str, str]
 ) -> None:
@@ -279,7 +274,7 @@ def test_a_model_that_does_not_start_gives_way_to_the_one_before(
 def test_a_worker_that_is_left_without_a_model_ends(
     caller: Caller, worker: RunningWorker, first_model: Path, texts: dict[str, str]
 ) -> None:
-    assert said(patiently(caller, tokens(24))) == texts[LLAMA]
+    assert loaded(caller) == [LLAMA]
     shutil.rmtree(first_model)
     lost = caller.send("generate", to("broken-2", tokens(24)))
     assert worker.process.wait(SWAP_S) == 1
