@@ -20,13 +20,14 @@ import compile_key
 import config
 import engine_adapters
 import engine_phases
+from base_models import BaseModel, clashes
 from compile_cache import CompileCache, LocalFolder
 from config import Settings
 from crypto import KeyRing
 from engine_adapters import Family
 from errors import ConfigError
 from model_needs import OPTION_NAMES
-from model_swap import BaseModel, Models, clashes
+from model_swap import Models
 from preparation import Job, Preparation
 from readiness import Readiness
 from utils import Snapshot

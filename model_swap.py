@@ -1,8 +1,7 @@
 """Which base model the engine holds, and whose turn it is.
 
 Owns the engine of the process, which may be exchanged for one of another model, the calls that
-wait for that, and their order. Knows nothing of jobs, of encryption or of vLLM: engines are built
-by what it is given.
+wait for that, and their order. Knows nothing of jobs, of encryption or of vLLM.
 
 The policy, with MODEL_SWAP:
 
@@ -20,20 +19,28 @@ model before it comes back. If that fails too, this worker is dead.
 """
 
 import asyncio
-import collections
 import contextlib
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import msgspec
-
+from base_models import (
+    LISTING,
+    BaseModel,
+    Engine,
+    Listing,
+    Run,
+    Timed,
+    listed,
+    model_name,
+    not_loaded,
+    not_served,
+)
 from errors import ConfigError, EngineDead, RequestError, SealedError
-from frames import AnswerEvent, Body, End, Head, Note
+from frames import AnswerEvent, Note
 from protocol import Call
 
 log = logging.getLogger("worker.models")
@@ -46,73 +53,6 @@ HEALTH_INTERVAL_S = 0.25
 
 NOTE_EVERY_S = 10.0
 """How often somebody who waits is told so, besides when there is news."""
-
-LISTING = "/v1/models"
-
-Timed = Callable[[str], contextlib.AbstractContextManager[Any]]
-
-
-class Run(Protocol):
-    """One call on its way, as `engine.Run` has it."""
-
-    @property
-    def usage(self) -> Any: ...
-
-    def batches(self) -> AsyncIterator[list[AnswerEvent]]: ...
-
-    async def aclose(self) -> None: ...
-
-
-class Engine(Protocol):
-    """What is needed of `engine.Engine`."""
-
-    @property
-    def max_concurrency(self) -> int: ...
-
-    @property
-    def dead(self) -> bool: ...
-
-    routes: tuple[str, ...]
-
-    def about(self) -> dict[str, Any]: ...
-
-    async def start(self, timed: "Timed" = ..., /) -> None: ...
-
-    def run(self, call: Call, cache_salt: str) -> Run: ...
-
-    async def stop(self) -> None: ...
-
-
-@dataclass(frozen=True, eq=False)
-class BaseModel:
-    """A model that an engine of its own serves, under the first of its names and the others.
-
-    `build` loads it, blocking, off the loop or before there is one; ConfigError where it cannot.
-    """
-
-    names: tuple[str, ...]
-    build: Callable[[], Engine]
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
-
-
-def clashes(models: Sequence[BaseModel]) -> list[str]:
-    """Return a sentence for each name that several models have."""
-    count = collections.Counter(name for model in models for name in model.names)
-    return [
-        f"MODELS has {number} models called {name}: requests could not tell them apart"
-        for name, number in count.items()
-        if number > 1
-    ]
-
-
-class _Named(msgspec.Struct):
-    model: str | None = None
-
-
-_model_of = msgspec.json.Decoder(_Named).decode
 
 
 class Models:
@@ -194,77 +134,32 @@ class Models:
         if not self._may_swap:
             if engine is None:
                 raise EngineDead
-            if model not in (None, self._loaded):
-                raise self._not_loaded(model)
+            if model and model is not self._loaded:
+                raise not_loaded(model, self._models[0])
             return engine.run(call, cache_salt)
         if call.route == LISTING and call.method == "GET":
-            return _Told(msgspec.json.encode({"object": "list", "data": self._listing()}))
+            loaded = self._loaded is not None
+            return Listing(self._listed, loaded=loaded, others=self._swappable())
         return _Call(self, model, call, cache_salt, expires_at)
 
     # --- which model ---
 
     def _wanted(self, call: Call) -> BaseModel | None:
         """Return the model that a call is for, None where any will do."""
-        if call.method != "POST":
-            return None
-        try:
-            name = _model_of(call.body).model
-        except (msgspec.MsgspecError, UnicodeError, RecursionError):
-            return None  # whichever engine refuses it
+        name = model_name(call)
         if not name:
-            return self._models[0]
+            return None if name is None else self._models[0]
         for model in self._models:
             if name in model.names:
                 return model
-        raise self._not_served(name)
+        loaded = [self._loaded] if self._loaded else []
+        raise not_served(name, loaded, self._swappable())
 
     def _swappable(self) -> list[BaseModel]:
         return [
             model
             for model in self._models
             if self._may_swap and model is not self._loaded and model not in self._failed
-        ]
-
-    def _not_served(self, name: str) -> RequestError:
-        served = _names([self._loaded] if self._loaded else [])
-        words = f"this worker serves {served}" if served else "this worker loads another model"
-        if others := _names(self._swappable()):
-            words += f" and loads {others} when asked to"
-        return RequestError(
-            f"the model {name!r} is not served; {words}",
-            status=404,
-            type="NotFoundError",
-            param="model",
-        )
-
-    def _not_loaded(self, model: BaseModel | None) -> RequestError:
-        name = model.name if model else ""
-        return RequestError(
-            f"{name} is on this worker's volume but not loaded; it serves "
-            f"{_names(self._models[:1])}: set MODEL_SWAP=true to have it exchanged on demand, or "
-            f"deploy an endpoint with {name} as its first model",
-            status=404,
-            type="NotFoundError",
-            param="model",
-        )
-
-    def _listing(self) -> list[dict[str, Any]]:
-        """Return vLLM's list of models, and those that could be loaded, marked as not loaded."""
-        loaded = self._listed if self._loaded else []
-        example = self._listed[0]
-        others = (name for model in self._swappable() for name in model.names)
-        return [
-            *({**entry, "loaded": True} for entry in loaded),
-            *(
-                {
-                    "id": name,
-                    "object": "model",
-                    "created": example["created"],
-                    "owned_by": example["owned_by"],
-                    "loaded": False,
-                }
-                for name in others
-            ),
         ]
 
     # --- whose turn it is ---
@@ -400,11 +295,7 @@ class Models:
         await engine.start(timed)
         self.routes, self._about = engine.routes, engine.about()
         if self._may_swap:
-            run = engine.run(Call(LISTING, "GET", b""), "listing")
-            events = [event async for batch in run.batches() for event in batch]
-            await run.aclose()
-            body = b"".join(event.data for event in events if isinstance(event, Body))
-            self._listed = msgspec.json.decode(body)["data"]
+            self._listed = await listed(engine)
 
 
 class _Call:
@@ -474,26 +365,6 @@ class _Call:
         finally:
             self.engine = None
             self._models.leave(self)
-
-
-class _Told:
-    """A call that is answered without an engine."""
-
-    usage = None
-
-    def __init__(self, body: bytes) -> None:
-        self._body = body
-
-    async def batches(self) -> AsyncIterator[list[AnswerEvent]]:
-        """Yield the answer."""
-        yield [Head(200, "body", "application/json"), Body(self._body), End(None, {})]
-
-    async def aclose(self) -> None:
-        """There is nothing to stop."""
-
-
-def _names(models: Iterable[BaseModel]) -> str:
-    return ", ".join(name for model in models for name in model.names)
 
 
 async def _unless_dead(engine: Engine, start: Coroutine[Any, Any, None]) -> None:

@@ -25,12 +25,13 @@ import psutil
 
 import config
 import log_guard
+from base_models import Run
 from boot import Booted, boot
 from config import Settings
 from crypto import CELL_PAYLOAD_BYTES, KeyRing, ReplayGuard, RequestOpener, open_simple
 from errors import ConfigError, EngineDead, ModelError, Rejected, RequestError
 from frames import AnswerEvent, Body, End, Head
-from model_swap import Models, Run
+from model_swap import Models
 from pacing import paced, with_signs
 from protocol import (
     GENERATE,

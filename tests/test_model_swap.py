@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
+from base_models import BaseModel, clashes
 from errors import ConfigError, EngineDead, RequestError
 from frames import AnswerEvent, Body, End, Head, Note, Text
-from model_swap import BaseModel, Models, clashes
+from model_swap import Models
 from protocol import GENERATE, Call
 
 CHAT = "/v1/chat/completions"

@@ -33,6 +33,7 @@ GROUPS = {
         "readiness_report",
         "engine_phases",
         "model_swap",
+        "base_models",
         "job_loop",
         "replies",
         "pacing",
