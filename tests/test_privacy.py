@@ -296,7 +296,7 @@ class TestWorker:
 # --- without an engine ----------------------------------------------------------------------
 
 
-class FailingEngine:
+class FailingModels:
     """Stands in for an engine whose fault nobody foresaw, which the real one cannot be told to."""
 
     routes = ("/v1/models",)
@@ -306,7 +306,7 @@ class FailingEngine:
         self._message, self._where = message, where
         self.usage = None
 
-    def run(self, call: Any, cache_salt: str) -> "FailingEngine":
+    def run(self, call: Any, cache_salt: str, expires_at: float | None) -> "FailingModels":
         if self._where == "run":
             raise RuntimeError(self._message)
         return self
@@ -330,8 +330,8 @@ async def test_an_exception_that_nobody_foresaw_is_sealed_and_not_told(
     word = Words()("exception")
     keys = KeyRing.parse(generate_key())
     settings = Settings(endpoint_id="local", stream_interval_ms=interval_ms)
-    engine: Any = FailingEngine(word, where)
-    handler = rp_handler.Handler(settings, keys, engine)
+    models: Any = FailingModels(word, where)
+    handler = rp_handler.Handler(settings, keys, models)
     request = new_request("generate", b'{"prompt":"x"}', audience="local", ttl_s=60)
     job = {"id": "job", "input": {"sealed": seal_request(request, keys.first)}}
 

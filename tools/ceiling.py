@@ -56,12 +56,14 @@ async def run(engine: Any, args: argparse.Namespace) -> dict[str, dict[str, dict
     """Measure the bare engine and the handler's routes, by case and by tokens per stream."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+    from model_swap import BaseModel, Models
     from rp_handler import Handler
 
-    await engine.start()
     keys = KeyRing.parse(generate_key())
     settings = config.Settings(endpoint_id="bench")
-    handler = Handler(settings, keys, engine)
+    models = Models([BaseModel(("bench",), lambda: engine)], engine, may_swap=False)
+    await models.start()
+    handler = Handler(settings, keys, models)
     message = [{"role": "user", "content": TEXT}]
 
     def bare(tokens: int) -> Start:
@@ -159,7 +161,7 @@ def main() -> None:
         )
         try:
             options = {"MAX_MODEL_LEN": "2048", "ENFORCE_EAGER": "true"}
-            engine = Engine(args.model, ["bench"], options, 0.95, addresses)
+            engine = Engine(args.model, ["bench"], options, 0.95, core_addresses=addresses)
             print(json.dumps(asyncio.run(run(engine, args))))
         finally:
             core.terminate()
