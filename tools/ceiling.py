@@ -56,7 +56,8 @@ async def run(engine: Any, args: argparse.Namespace) -> dict[str, dict[str, dict
     """Measure the bare engine and the handler's routes, by case and by tokens per stream."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-    from model_swap import BaseModel, Models
+    from base_models import BaseModel
+    from model_swap import Models
     from rp_handler import Handler
 
     keys = KeyRing.parse(generate_key())
