@@ -155,7 +155,7 @@ def engine_processes(worker: RunningWorker) -> dict[int, str]:
         with contextlib.suppress(psutil.Error):
             line = " ".join(process.cmdline())
             if "VLLM::" in line:
-                found[process.pid] = line
+                found[process.pid] = line.strip()
     return found
 
 
