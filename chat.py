@@ -21,7 +21,7 @@ def chat_call(body: GenerateBody, model: str) -> Call:
     if body.messages is None:
         raise RequestError("generate: `tools` needs `messages`", param="tools")
     request = {"model": model, **msgspec.to_builtins(body), **body.sampling_params}
-    del request["sampling_params"]
+    request.pop("sampling_params", None)  # not there where nobody gave any
     request["stream"] = body.stream
     top = request.pop("logprobs", None)
     if top is not None:

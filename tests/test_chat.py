@@ -86,3 +86,13 @@ def test_the_calls_members_are_those_of_the_chat_route() -> None:
     }
     with pytest.raises(RequestError, match="messages"):
         chat_call(GenerateBody(prompt="x"), "m")
+
+
+def test_without_parameters_there_is_nothing_to_take_out() -> None:
+    body = GenerateBody(messages=[{"role": "user", "content": "x"}], tools=[])
+    assert json.loads(chat_call(body, "m").body) == {
+        "model": "m",
+        "messages": [{"role": "user", "content": "x"}],
+        "tools": [],
+        "stream": True,
+    }

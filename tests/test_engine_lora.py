@@ -174,7 +174,7 @@ async def refused(engine: Engine, route: str, body: dict[str, Any]) -> tuple[dic
 
 
 async def test_no_two_models_share_a_cached_prefix(engine: Engine) -> None:
-    prompt = "A long beginning that is the same for everybody. " * 8
+    prompt = "A long beginning that is the same for everybody. " * 16
     for name in NAMES:
         answer = await generate(engine, prompt=prompt, max_tokens=2, model=name)
         assert answer.cached_tokens == 0

@@ -6,9 +6,7 @@ from collections.abc import AsyncIterator, Callable
 import psutil
 import pytest
 import pytest_asyncio
-from vllm.engine.arg_utils import AsyncEngineArgs
 
-from engine_options import serve_args
 from tests.engines import TINY, Engine, build, eventually, generate, started, user
 
 pytestmark = [
@@ -93,6 +91,10 @@ async def test_two_halves_answer_as_the_whole_and_leave_nothing_behind(
 async def test_the_settings_reach_vllms_own_configuration(
     setting: str, read: Callable[[object], int]
 ) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from engine_options import serve_args
+
     args = serve_args(str(TINY), ["tiny"], {setting: "2"}, 0.5)
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
     assert read(config.parallel_config) == 2
