@@ -32,7 +32,7 @@ from model_lease import Pace
 from model_progress import Plan, Progress
 
 # EFBIG is what a limit on file sizes answers with; to the operator it is the same lack of room.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _CHILD_START_S = 60.0
 _PIECE_BYTES = 256 * 1024
@@ -331,7 +331,7 @@ def diagnose(error: BaseException, endpoint: str = HUB) -> dict[str, Any]:
         number = cause.errno if isinstance(cause, OSError) else None
         if number is None and (told := re.search(r"\(os error (\d+)\)", str(cause))):
             number = int(told.group(1))  # hf_xet 1.8 keeps the number in its text only
-        if number in _NO_ROOM:
+        if number in NO_ROOM:
             return verdict("room", cause)
         if number in _NOT_WRITABLE:
             return verdict("unwritable", cause)

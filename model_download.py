@@ -7,7 +7,7 @@ business, the lease `model_lease`'s, which files are needed and whole `model_cac
 import random
 import time
 
-from hub_download import Failure, Hub, download
+from hub_download import NO_ROOM, Failure, Hub, download
 from model_cache import (
     ORPHAN_AGE_S,
     Cached,
@@ -109,11 +109,13 @@ def _download(repo: Repo, partial: Cached | None, lease: Lease, hub: Hub) -> Cac
     attempts, most = 0, -1
     while True:
         try:
+            # Whatever this is refused with, it is not the network, which is worth a retry.
+            hub.cache.mkdir(parents=True, exist_ok=True)
             if partial is not None:
                 remove_damaged(partial, hub.log)
         except OSError as error:
-            unwritable = Failure("unwritable", str(error))
-            raise error_of(unwritable, repo, hub, None, attempts) from error
+            kind = "room" if error.errno in NO_ROOM else "unwritable"
+            raise error_of(Failure(kind, str(error)), repo, hub, None, attempts) from error
         plan, failure = download(hub, repo, revision, lambda: lease.lost)
         if lease.lost:
             return None

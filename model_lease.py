@@ -134,7 +134,10 @@ class Claim:
             if not held:
                 return self._create(1)
             self.holder = holder_of(held[-1])
-            dead = self._is_dead(held[-1])
+            try:
+                dead = self._is_dead(held[-1])
+            except FileNotFoundError:  # released between two looks
+                return None
             if not dead and not even_from_the_living:
                 return None
             lease = self._create(_number(held[-1]) + 1)
@@ -142,8 +145,7 @@ class Claim:
                 why = "no longer shows that it lives" if dead else "brings nothing"
                 self._log.warning("%s %s; taking over", self.holder, why)
             return lease
-        except FileNotFoundError:  # released, and cleaned up, between two looks
-            return None
+        # A missing file is no exception: some file systems, procfs among them, refuse with it.
         except OSError as error:
             self._log.debug("no lease in %s: %s", self._folder, error)
             return Lease(None, Holder.here(self._worker), self._pace)
@@ -164,7 +166,7 @@ class Claim:
         return Lease(path, holder, self._pace)
 
     def _is_dead(self, path: Path) -> bool:
-        stat = path.stat()
+        stat = path.lstat()  # of a link to nothing, too: it must not be waited for
         seen = (path.name, stat.st_ino, stat.st_mtime_ns)
         now = time.monotonic()
         if seen != self._seen:
@@ -206,7 +208,7 @@ def holder_of(path: Path) -> Holder:
 def silence_s(folder: Path) -> float | None:
     """Return for how long the holder in a folder has not shown that it lives; None without one."""
     try:
-        mtime = leases(folder)[-1].stat().st_mtime
+        mtime = leases(folder)[-1].lstat().st_mtime
     except (IndexError, FileNotFoundError):
         return None
     return max(0.0, (server_time(folder) or time.time()) - mtime)

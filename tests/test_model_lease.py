@@ -1,6 +1,7 @@
 """The lease: one holder at a time, the dead succeeded, the sleeping told, clocks not trusted."""
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -189,10 +190,38 @@ def test_time_in_which_nobody_watched_proves_nothing(
     assert waiting.take() is None
 
 
-def test_where_no_lease_can_be_written_everybody_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "place",
+    ["file/below", "nowhere/below", "/proc/nope/below", "/sys/fs/nope", "/sys/fs"],
+    ids=["below-a-file", "below-a-dangling-link", "procfs", "no-folder-allowed", "read-only"],
+)
+def test_where_no_lease_can_be_written_everybody_goes_on(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "not" / "there")
     for _ in range(2):
-        lease = claim(tmp_path / "file" / "below").take()
+        lease = claim(tmp_path / place).take()
         assert lease is not None
         assert not lease.lost
         lease.release()
+
+
+def test_a_lease_that_cannot_be_succeeded_is_waited_for_no_longer_than_its_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dead worker left it before the volume was attached read-only."""
+    (tmp_path / "lease.1").touch()
+    waiting = claim(tmp_path)
+
+    def refused(*_: object, **__: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr(os, "utime", refused)
+    with taken(waiting) as lease:
+        assert not lease.lost
+
+
+def test_a_link_to_nothing_is_no_lease_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "lease.1").symlink_to(tmp_path / "gone")
+    with taken(claim(tmp_path)) as lease:
+        assert lease.succeeds

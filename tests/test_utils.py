@@ -491,6 +491,8 @@ def test_refusals_say_what_to_do(hub: Hub, resolve: Callable[..., Snapshot], cac
         ({"model": "org/quants"}, ModelNotFound, ["choose a GGUF file as org/quants/q4.gguf"]),
         ({"model": "org/empty"}, ModelNotFound, ["no weights", ".safetensors"]),
         ({"hub_cache": cache.parent / "file" / "hub"}, ModelError, ["cannot write", "HF_HOME"]),
+        ({"hub_cache": Path("/proc/nope/hub")}, ModelError, ["cannot write", "/proc/nope/hub"]),
+        ({"hub_cache": Path("/sys/fs")}, ModelError, ["cannot write", "/sys/fs"]),
     ]
 
     def refusal(settings: dict[str, Any]) -> ModelError:
