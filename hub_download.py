@@ -27,7 +27,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from model_cache import HUB, Repo
-from model_files import select_files, weights
+from model_files import CONFIGS, select_files, weights
 from model_lease import Pace
 from model_progress import Plan, Progress
 
@@ -79,7 +79,7 @@ class Failure:
     `kind` is one of network, busy, stalled, died, incomplete, expired (refused by where the files
     are stored, whose addresses are signed for a while), which may pass; lost (it is another
     worker's turn now); and gated, token, forbidden, refused, repository, revision, entry, weights,
-    room, unwritable, unexpected.
+    config, room, unwritable, unexpected.
     `detail` may quote the Hub and needs redaction before it is shown.
     """
 
@@ -278,6 +278,13 @@ def _fetch(job: Mapping[str, Any], say: Callable[..., None]) -> None:
         hint = f"; choose a GGUF file as {repo}/{ggufs[0]}" if ggufs else ""
         missing = job["file"] or "weights that the engine reads (.safetensors, .bin or .pt)"
         say(failure={"kind": "weights", "detail": f"the repository has no {missing}{hint}"})
+        os._exit(0)
+    if job["file"] is None and not any(config in sizes for config in CONFIGS):
+        detail = (
+            "the repository has no config.json, without which the engine cannot load it; name "
+            "another revision, or the model that it was made from"
+        )
+        say(failure={"kind": "config", "detail": detail})
         os._exit(0)
     say(plan={"sha": sha, "sizes": sizes})
     fetch(sha, list(sizes))

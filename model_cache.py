@@ -108,6 +108,23 @@ def snapshots(storage: Path) -> list[str]:
         return []
 
 
+def references(storage: Path) -> list[str]:
+    """Return the branches and tags of which a repository's folder knows the commit."""
+    folder = storage / "refs"
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
+
+
+def revisions(storage: Path) -> list[str]:
+    """Return the revisions under which something of a repository is here."""
+    shas = snapshots(storage)
+    names = {ref: read_ref(storage, ref) for ref in references(storage)}
+    return [ref for ref, sha in names.items() if sha in shas] + [
+        sha for sha in shas if sha not in names.values()
+    ]
+
+
 def _recorded_sizes(repo: Repo, cache: Path, sha: str) -> dict[str, int] | None:
     """Sizes of the needed files as huggingface_hub recorded them in `trees/<sha>.json`."""
     from huggingface_hub import get_cached_repo_tree
@@ -155,7 +172,7 @@ def only_snapshot(repo: Repo, cache: Path) -> Cached | None:
 def remove_damaged(cached: Cached, log: logging.Logger) -> None:
     """Delete what the Hub library would take for good: it asks only whether a file exists."""
     blobs = (cached.cache / cached.folder.parent.parent.name / "blobs").resolve()
-    for file, reason in cached.faults.items():
+    for file in cached.faults:
         pointer = cached.folder / file
         if not os.path.lexists(pointer):
             continue
@@ -164,7 +181,7 @@ def remove_damaged(cached: Cached, log: logging.Logger) -> None:
             if Path(os.path.normpath(blob)).parent.resolve() == blobs:
                 blob.unlink(missing_ok=True)
         pointer.unlink(missing_ok=True)
-        log.info("removed %s (%s)", file, reason)
+        log.info("removed %s", file)
 
 
 def temporaries(storage: Path) -> dict[Path, os.stat_result]:

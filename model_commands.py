@@ -24,9 +24,10 @@ import readiness
 import readiness_report
 import utils
 from config import Settings
-from errors import ConfigError, ModelOffline, SealedError
+from errors import ConfigError, ModelError, ModelOffline, SealedError
 from model_cache import Repo, lock_folder_of, repo_id_of
 from model_files import human_size
+from model_lease import Pace
 from model_needs import OPTION_NAMES
 from utils import Verdict
 
@@ -34,7 +35,8 @@ _DESCRIPTION = "Prepare and look after the models on a volume."
 _EPILOG = """\
 The settings are the worker's, from the environment. HF_HOME says where models are kept, which
 is now %(cache)s; HF_TOKEN opens gated models.
-A MODEL is what MODELS takes; where none is named, those of MODELS are meant.
+A MODEL is what MODELS takes; separate several with spaces. fetch and verify without one take
+those of MODELS. What goes wrong with one model does not keep them from the others.
 
 exit codes: 0 success, 1 failure, 2 wrong arguments, 3 wrong settings, 4 damaged files,
             130 interrupted
@@ -42,6 +44,12 @@ exit codes: 0 success, 1 failure, 2 wrong arguments, 3 wrong settings, 4 damaged
 USAGE_CODE, DAMAGED_CODE, INTERRUPTED_CODE, ENDED_CODE = 2, 4, 130, 143
 
 log = logging.getLogger("models")
+
+
+class WrongArguments(SealedError):
+    """Arguments that do not go together, or name nothing."""
+
+    exit_code = USAGE_CODE
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,34 @@ class Command:
 
 def _models(args: argparse.Namespace, settings: Settings) -> Sequence[str]:
     """Return the models that were named, else those of MODELS."""
-    models: Sequence[str] = args.model or settings.models
+    models: Sequence[str] = _named(args) or settings.models
     if not models:
-        raise ConfigError(["name a model, such as org/name, or set MODELS"])
+        raise WrongArguments("name a model, such as org/name, or set MODELS")
     return models
+
+
+def _named(args: argparse.Namespace) -> list[str]:
+    """Return the models that were named; commas part them as in MODELS."""
+    return [name for word in args.model for part in word.split(",") if (name := part.strip())]
+
+
+def _each(models: Sequence[str], act: Callable[[str], int]) -> int:
+    """Do something with every model, whatever becomes of the others; return the highest code."""
+    code = 0
+    for model in models:
+        try:
+            code = max(code, act(model))
+        except ModelError as error:
+            print(error, file=sys.stderr)
+            code = max(code, error.exit_code)
+    return code
+
+
+def _home(settings: Settings) -> Path:
+    """Return the cache to look into; one whose HF_HOME does not exist is a typing error."""
+    if not settings.hf_home.is_dir():
+        raise ConfigError([f"HF_HOME is {settings.hf_home}, where there is no folder: check it"])
+    return settings.hub_cache
 
 
 def _here(settings: Settings) -> dict[str, Any]:
@@ -86,12 +118,17 @@ def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _fetch(args: argparse.Namespace, settings: Settings) -> int:
-    for model in _models(args, settings):
+    models = _models(args, settings)
+
+    def fetch(model: str) -> int:
         snapshot = utils.resolve(
             model, offline=settings.offline, **{**_here(settings), **_reach(settings)}
         )
         print(snapshot.path)
-    return 0
+        return 0
+
+    log.info("models go to %s; set HF_HOME to have them elsewhere", settings.hub_cache)
+    return _each(models, fetch)
 
 
 # --- verify ---
@@ -103,13 +140,15 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
         "--sha256", action="store_true", help="read every file and compare it with its hash"
     )
     parser.add_argument(
-        "--repair", action="store_true", help="remove damaged files and fetch them again"
+        "--repair",
+        action="store_true",
+        help="remove damaged files and fetch them again; without --sha256 only what names, sizes "
+        "and headers show is known to be damaged",
     )
 
 
 def _verify(args: argparse.Namespace, settings: Settings) -> int:
-    code = 0
-    for model in _models(args, settings):
+    def verify(model: str) -> int:
         verdict = utils.verify(model, sha256=args.sha256, log=log, **_here(settings))
         if verdict.faults and args.repair:
             _print_verdict(verdict, args.sha256)
@@ -118,8 +157,9 @@ def _verify(args: argparse.Namespace, settings: Settings) -> int:
             utils.repair(model, verdict, **_reach(settings))
             verdict = utils.verify(model, sha256=args.sha256, log=log, **_here(settings))
         _print_verdict(verdict, args.sha256)
-        code = DAMAGED_CODE if verdict.faults else code
-    return code
+        return DAMAGED_CODE if verdict.faults else 0
+
+    return _each(_models(args, settings), verify)
 
 
 def _print_verdict(verdict: Verdict, hashed: bool) -> None:
@@ -127,7 +167,11 @@ def _print_verdict(verdict: Verdict, hashed: bool) -> None:
     for file, reason in verdict.faults.items():
         print(f"{snapshot.name}: damaged: {file}: {reason}")
     state = f"{len(verdict.faults)} damaged" if verdict.faults else "whole"
-    hashes = f", {verdict.hashed} of them by their hash" if hashed else ""
+    hashes = ""
+    if hashed and verdict.hashed:
+        hashes = f", {verdict.hashed} of them by their hash"
+    elif hashed and not verdict.faults:
+        hashes = ", none by its hash: only models that were fetched from the Hub have known hashes"
     size = human_size(snapshot.bytes)
     print(
         f"{snapshot.name}: {state}; {verdict.files} files checked{hashes}; {size}, {snapshot.path}"
@@ -138,11 +182,18 @@ def _print_verdict(verdict: Verdict, hashed: bool) -> None:
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--last", type=int, default=4, metavar="N", help="how many starts")
+    parser.add_argument("--last", type=_count, default=4, metavar="N", help="how many starts")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them into a PNG, too")
 
 
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
+
+
 def _report(args: argparse.Namespace, settings: Settings) -> int:
+    _home(settings)
     records = readiness.kept(settings.records, args.last)
     print(readiness_report.report(records))
     if args.plot and records:
@@ -167,22 +218,24 @@ def _janitor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _janitor(args: argparse.Namespace, settings: Settings) -> int:
-    found = list(model_janitor.left_by_the_dead(settings.hub_cache))
+    cache = _home(settings)
+    found = list(model_janitor.left_by_the_dead(cache))
     if args.unused:
-        found += model_janitor.unused(
-            settings.hub_cache, {model.rpartition("@")[2] for model in settings.models}
-        )
+        commits = {model.rpartition("@")[2] for model in settings.models}
+        found += model_janitor.unused(cache, commits)
     for litter in found:
         print(f"{litter.repo_id}: {litter.what}, {human_size(litter.bytes)}")
         if args.remove:
             litter.remove()
     size = human_size(sum(litter.bytes for litter in found))
     if not found:
-        print(f"nothing to remove in {settings.hub_cache}")
+        print(f"nothing to remove in {cache}")
     elif args.remove:
         print(f"removed, {size} freed")
     else:
         print(f"nothing was removed; --remove frees {size}")
+    if young := model_janitor.too_young(cache):
+        print(f"left alone: {young} unfinished downloads, written to within the last hour")
     return 0
 
 
@@ -191,14 +244,20 @@ def _janitor(args: argparse.Namespace, settings: Settings) -> int:
 
 def _lease_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="*", metavar="MODEL", help="without one: all that are held")
-    parser.add_argument("--release", action="store_true", help="take the leases from their holders")
+    parser.add_argument(
+        "--release",
+        action="store_true",
+        help="take the leases of the models that are named from their holders; a dead one's needs "
+        f"no help, it passes on after {Pace().stale_s:.0f} s",
+    )
 
 
 def _lease(args: argparse.Namespace, settings: Settings) -> int:
-    cache = settings.hub_cache
-    if args.release and not args.model:
-        raise ConfigError(["name the models whose leases are to be released"])
-    names = [cache / Repo.parse(model).storage_name for model in args.model]
+    cache = _home(settings)
+    names = [cache / Repo.parse(model).storage_name for model in _named(args)]
+    if args.release and not names:
+        raise WrongArguments("name the models whose leases are to be released")
+    told = False
     for storage in names or [cache / path.name for path in (cache / ".locks").glob("models--*")]:
         folder, name = lock_folder_of(storage), repo_id_of(storage)
         silent_s = model_lease.silence_s(folder)
@@ -206,16 +265,28 @@ def _lease(args: argparse.Namespace, settings: Settings) -> int:
             print(f"{name}: taken from {holder}")
         elif silent_s is not None:
             holder = model_lease.holder_of(model_lease.leases(folder)[-1])
-            print(f"{name}: {holder}, seen {silent_s:.0f} s ago")
+            dead = silent_s > Pace().stale_s
+            state = "; it is dead, whoever wants the model next takes over" if dead else ""
+            print(f"{name}: {holder}, seen {silent_s:.0f} s ago{state}")
         elif names:
             print(f"{name}: nobody holds it")
+        else:
+            continue
+        told = True
+    if not told:
+        print(f"nobody downloads into {cache}")
     return 0
 
 
 COMMANDS = (
     Command("fetch", "make models present and complete", _fetch_arguments, _fetch),
     Command("verify", "say whether the files of models are whole", _verify_arguments, _verify),
-    Command("janitor", "find what may go from the volume", _janitor_arguments, _janitor),
+    Command(
+        "janitor",
+        "find what was left behind, untouched for an hour, and may go from the volume",
+        _janitor_arguments,
+        _janitor,
+    ),
     Command("lease", "say who downloads what", _lease_arguments, _lease),
     Command(
         "plan",
@@ -242,6 +313,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(faults)
         command = next(command for command in COMMANDS if command.name == args.command)
         return command.run(args, settings)
+    except ConfigError as error:
+        print(f"the settings cannot work:\n{error}", file=sys.stderr)
+        return error.exit_code
     except SealedError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -62,9 +62,9 @@ def error_of(
         case "revision":
             return ModelNotFound(
                 f"{name} has no revision {repo.revision!r}: its revisions are listed at "
-                f"{page}/commits/main"
+                f"{(hub.endpoint or HUB).rstrip('/')}/api/models/{repo.id}/refs"
             )
-        case "weights":
+        case "weights" | "config":
             return ModelNotFound(f"{name}: {detail}")
         case "room":
             needs = "its size is not known yet"

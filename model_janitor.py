@@ -13,11 +13,20 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_cache import lock_folder_of, read_ref, repo_id_of, snapshots, storages, temporaries
+from model_cache import (
+    lock_folder_of,
+    read_ref,
+    references,
+    repo_id_of,
+    snapshots,
+    storages,
+    temporaries,
+)
 from model_files import size_of
 from model_lease import leases, server_time, silence_s
 
-_AGE_S = 3600.0
+AGE_S = 3600.0
+"""How long nobody may have touched what is taken for the dead's."""
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -39,7 +48,7 @@ class Litter:
                 path.unlink(missing_ok=True)
 
 
-def left_by_the_dead(cache: Path, age_s: float = _AGE_S) -> Iterator[Litter]:
+def left_by_the_dead(cache: Path, age_s: float = AGE_S) -> Iterator[Litter]:
     """Yield unfinished downloads, locks and leases that nobody has touched for `age_s`."""
     for storage in storages(cache):
         repo_id, locks = repo_id_of(storage), lock_folder_of(storage)
@@ -58,14 +67,23 @@ def left_by_the_dead(cache: Path, age_s: float = _AGE_S) -> Iterator[Litter]:
             yield Litter(repo_id, "lease", tuple(leases(locks)))
 
 
-def unused(cache: Path, kept: Collection[str], age_s: float = _AGE_S) -> Iterator[Litter]:
+def too_young(cache: Path, age_s: float = AGE_S) -> int:
+    """Return how many unfinished downloads are left alone, since somebody may yet write to them."""
+    count = 0
+    for storage in storages(cache):
+        now = server_time(lock_folder_of(storage)) or time.time()
+        count += sum(now - stat.st_mtime <= age_s for stat in temporaries(storage).values())
+    return count
+
+
+def unused(cache: Path, kept: Collection[str], age_s: float = AGE_S) -> Iterator[Litter]:
     """Yield snapshots that no branch or tag stands for, and blobs that no snapshot links to.
 
     A model that was fetched by its commit looks like this too: `kept` are commits to leave alone.
     """
     for storage in storages(cache):
         repo_id = repo_id_of(storage)
-        refs = {read_ref(storage, ref) for ref in _refs(storage)} | set(kept)
+        refs = {read_ref(storage, ref) for ref in references(storage)} | set(kept)
         everywhere = {sha: _blobs(storage, sha) for sha in snapshots(storage)}
         used = set().union(*(blobs for sha, blobs in everywhere.items() if sha in refs))
         freed = set(used)
@@ -85,13 +103,6 @@ def unused(cache: Path, kept: Collection[str], age_s: float = _AGE_S) -> Iterato
                 if now - blob.lstat().st_mtime > age_s:
                     what = f"file {blob.name[:7]} that no snapshot has"
                     yield Litter(repo_id, what, (blob,), size_of(blob) or 0)
-
-
-def _refs(storage: Path) -> Iterator[str]:
-    folder = storage / "refs"
-    for path in folder.rglob("*"):
-        if path.is_file():
-            yield path.relative_to(folder).as_posix()
 
 
 def _blobs(storage: Path, sha: str) -> set[Path]:

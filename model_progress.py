@@ -61,12 +61,14 @@ class Progress:
     def tell_plan(self) -> None:
         """Log what is to be downloaded."""
         if self._plan is not None:
+            # config.json has just been fetched, for the listing's sake.
+            told = self._had > self._plan.sizes.get("config.json", 0)
             self._log.info(
-                "%s: downloading %d files, %s, of which %s are here (revision %.7s)",
+                "%s: downloading %d files, %s%s (revision %.7s)",
                 self._label,
                 len(self._plan.sizes),
                 human_size(self._plan.total),
-                human_size(self._had),
+                f", of which {human_size(self._had)} are here" if told else "",
                 self._plan.sha,
             )
 

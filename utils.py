@@ -22,7 +22,7 @@ import hub_headers
 import model_shape
 from errors import ModelIncomplete, ModelNotFound, ModelOffline
 from hub_download import Failure, Hub, Patience
-from model_cache import Repo, known_hashes, only_snapshot
+from model_cache import Repo, known_hashes, only_snapshot, revisions
 from model_download import make_whole
 from model_failures import error_of
 from model_files import human_size, listed
@@ -202,7 +202,7 @@ def verify(
     log = log or logging.getLogger(__name__)
     found = list(Places(hub_cache, runpod_cache, model_path, model_dirs).find(model, log))
     if not found:
-        raise ModelNotFound(f"there is nothing of {model} here; fetch it first")
+        raise _nothing_of(model, hub_cache)
     taken = next((each for each in found if not each.faults), found[0])
     faults, files = dict(taken.faults), taken.files
     hashes: dict[str, str] = {}
@@ -212,6 +212,22 @@ def verify(
         label = taken.snapshot.name
         faults |= check_hashes(taken.folder, hashes, label, _HASHING_TOLD_EVERY_S, log)
     return Verdict(taken.snapshot, faults, len(files), len(hashes))
+
+
+def _nothing_of(model: str, hub_cache: Path) -> ModelNotFound:
+    repo = Repo.parse(model)
+    if here := revisions(hub_cache / repo.storage_name):
+        named = ", ".join(f"{repo.id}@{revision}" for revision in here)
+        return ModelNotFound(
+            f"revision {repo.revision} of {repo.id} is not here, but {named}: name that, or fetch "
+            f"{model} first"
+        )
+    if "/" not in repo.id:
+        return ModelNotFound(
+            f"there is nothing of {model} here, neither a folder nor a model in {hub_cache}; most "
+            "models of the Hub are written org/name"
+        )
+    return ModelNotFound(f"there is nothing of {model} here; fetch it first")
 
 
 def repair(

@@ -73,6 +73,8 @@ def test_fetch_prepares_a_volume(volume: Volume, hub: Hub) -> None:
     assert Path(path).is_relative_to(volume.cache)
     assert files_of(Path(path)) == NEEDED
     assert "downloaded" in fetched.stderr
+    assert f"models go to {volume.cache}; set HF_HOME" in fetched.stderr
+    assert "are here" not in fetched.stderr, "it is the first download"
     # What MODELS names, with the token of the environment; what is there is not fetched again.
     hub.forget()
     more = volume.run("fetch", MODELS="org/tiny,org/gated", HF_TOKEN=TOKEN)
@@ -113,6 +115,7 @@ def test_a_flipped_byte_is_found_and_repaired(volume: Volume, hub: Hub, linked: 
     repaired = volume.run("verify", "org/tiny", "--sha256", "--repair")
     assert repaired.returncode == 0, repaired.stderr
     assert "org/tiny: whole" in repaired.stdout
+    assert (repaired.stdout + repaired.stderr).count(good) == 1
     assert hub.count("GET /cdn/*") == 1
     assert hub.count(f"GET /cdn/*{SHARD_2}") == 1
     assert {file: (path / file).read_bytes() for file in NEEDED} == {
@@ -143,7 +146,7 @@ def test_a_folder_is_verified_but_never_repaired(volume: Volume, tmp_path: Path)
     folder = write_model(tmp_path / "models" / "org" / "tiny")
     whole = volume.run("verify", "org/tiny", "--sha256", MODEL_DIRS=str(tmp_path / "models"))
     assert whole.returncode == 0
-    assert "files checked, 0 of them by their hash" in whole.stdout
+    assert "files checked, none by its hash: only models that were fetched" in whole.stdout
     (folder / SHARD_1).unlink()
     refused = volume.run("verify", str(folder), "--repair")
     assert refused.returncode == 1
@@ -162,6 +165,7 @@ def test_the_janitor_removes_what_the_dead_left_and_nothing_else(volume: Volume,
         os.utime(file, (time.time() - 7200,) * 2)
     looked = volume.run("janitor").stdout
     assert "org/tiny: unfinished download, 5.00 kB" in looked
+    assert "left alone: 1 unfinished downloads, written to within the last hour" in looked
     assert "org/tiny: lease" in looked
     assert "nothing was removed; --remove frees 5.00 kB" in looked
     assert all(file.exists() for file in old)
@@ -192,19 +196,23 @@ def test_the_janitor_removes_unused_snapshots_when_asked(volume: Volume, hub: Hu
 
 
 def test_leases_are_shown_and_released(volume: Volume, hub: Hub) -> None:
-    assert volume.run("lease").stdout == ""
     folder = volume.cache / ".locks" / "models--org--tiny"
+    folder.mkdir(parents=True)
+    assert volume.run("lease").stdout == f"nobody downloads into {volume.cache}\n"
     lease = Claim(folder, "w1", Pace(0.1, 60), logging.getLogger()).take()
     assert lease is not None
     with lease:
         shown = volume.run("lease").stdout
         assert shown.startswith(f"org/tiny: worker w1 on {socket.gethostname()} (pid {os.getpid()}")
-        assert "seen 0 s ago" in shown
-        assert volume.run("lease", "--release").returncode == 3
+        assert "seen 0 s ago\n" in shown
+        assert volume.run("lease", "--release").returncode == 2
         taken = volume.run("lease", "--release", "org/tiny")
         assert taken.stdout.startswith("org/tiny: taken from worker w1")
         until(lambda: lease.lost)
     assert volume.run("lease", "org/tiny").stdout == "org/tiny: nobody holds it\n"
+    (folder / "lease.1").touch()
+    os.utime(folder / "lease.1", (time.time() - 81,) * 2)
+    assert "s ago; it is dead, whoever wants the model next" in volume.run("lease").stdout
 
 
 def test_an_interrupted_fetch_gives_its_lease_back(volume: Volume, hub: Hub) -> None:
@@ -226,11 +234,22 @@ def test_an_interrupted_fetch_gives_its_lease_back(volume: Volume, hub: Hub) -> 
 @pytest.mark.parametrize(
     ("words", "environ", "code", "says"),
     [
-        (("fetch",), {}, 3, "name a model, such as org/name, or set MODELS"),
-        (("fetch", "org/tiny"), {"HF_HUB_OFFLINE": "perhaps"}, 3, "HF_HUB_OFFLINE is neither"),
+        (("fetch",), {}, 2, "name a model, such as org/name, or set MODELS"),
+        (
+            ("fetch", "org/tiny"),
+            {"HF_HUB_OFFLINE": "perhaps"},
+            3,
+            "the settings cannot work:\n- HF_HUB_OFFLINE is neither",
+        ),
+        (("fetch", "org/tiny"), {"HF_HOME": "/proc/nope"}, 1, "cannot write to /proc/nope/hub"),
+        (("fetch", "org/tiny"), {"HF_HOME": "/sys/fs"}, 1, "cannot write to /sys/fs/hub"),
+        (("janitor",), {"HF_HOME": "/nonexistent"}, 3, "HF_HOME is /nonexistent, where there is"),
+        (("report",), {"HF_HOME": "/nonexistent"}, 3, "HF_HOME is /nonexistent, where there is"),
+        (("report", "--last", "0"), {}, 2, "'0' is not a number from 1"),
         (("fetch", "org/gated"), {}, 1, "accept its licence"),
         (("fetch", "org/nothing"), {}, 1, "no model org/nothing"),
         (("verify", "org/tiny"), {}, 1, "nothing of org/tiny here; fetch it first"),
+        (("verify", "nope"), {}, 1, "models of the Hub are written org/name"),
         (("feched",), {}, 2, "invalid choice"),
         ((), {}, 2, "required: COMMAND"),
     ],
@@ -242,6 +261,32 @@ def test_what_goes_wrong_is_said_and_coded(
     assert ran.returncode == code, ran.stderr
     assert says in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_what_is_wrong_with_one_model_hides_nothing_of_the_others(volume: Volume, hub: Hub) -> None:
+    fetched = volume.run("fetch", "org/nothing,org/tiny", "org/nought")
+    assert fetched.returncode == 1
+    (path,) = fetched.stdout.splitlines()
+    assert "no model org/nothing" in fetched.stderr
+    assert "no model org/nought" in fetched.stderr
+    assert volume.run("verify", "org/nothing", "org/tiny").returncode == 1
+    os.truncate(Path(path) / SHARD_1, 1000)
+    verified = volume.run("verify", "org/tiny", "org/nothing")
+    assert verified.returncode == 4, "damage is the worse of the two"
+    assert "org/tiny: 1 damaged" in verified.stdout
+    assert "nothing of org/nothing here" in verified.stderr
+
+
+def test_the_revisions_that_are_here_are_named(volume: Volume, hub: Hub) -> None:
+    sha = hub.add("org/pinned", MODEL)
+    assert volume.run("fetch", f"org/pinned@{sha}").returncode == 0
+    absent = volume.run("verify", "org/pinned")
+    assert absent.returncode == 1
+    assert f"revision main of org/pinned is not here, but org/pinned@{sha}: name" in absent.stderr
+    refs = volume.cache / "models--org--pinned" / "refs"
+    refs.mkdir(exist_ok=True)
+    (refs / "dev").write_text(sha)
+    assert "not here, but org/pinned@dev: name" in volume.run("verify", "org/pinned").stderr
 
 
 def test_little_is_needed_on_a_pod() -> None:

@@ -479,6 +479,7 @@ def test_refusals_say_what_to_do(hub: Hub, resolve: Callable[..., Snapshot], cac
     hub.add("org/private", MODEL, private=True)
     hub.add("org/quants", {"q4.gguf": b"GGUF"})
     hub.add("org/empty", {"README.md": b"nothing here"})
+    hub.add("org/bare", {"model.safetensors": MODEL[SHARD_1]})
     (cache.parent / "file").touch()
     wrong = "hf_wrongTokenOfTheTest"
     cases: list[tuple[dict[str, Any], type[ModelError], list[str]]] = [
@@ -487,9 +488,14 @@ def test_refusals_say_what_to_do(hub: Hub, resolve: Callable[..., Snapshot], cac
         ({"model": "org/tiny", "token": wrong}, ModelGated, ["refuses HF_TOKEN (401)", "unset"]),
         ({"model": "org/nothing"}, ModelNotFound, ["check the name", "set HF_TOKEN"]),
         ({"model": "org/private", "token": TOKEN}, ModelNotFound, ["account that may read it"]),
-        ({"model": "org/tiny@v9"}, ModelNotFound, ["no revision 'v9'", "/org/tiny/commits"]),
+        (
+            {"model": "org/tiny@v9"},
+            ModelNotFound,
+            ["no revision 'v9'", "/api/models/org/tiny/refs"],
+        ),
         ({"model": "org/quants"}, ModelNotFound, ["choose a GGUF file as org/quants/q4.gguf"]),
         ({"model": "org/empty"}, ModelNotFound, ["no weights", ".safetensors"]),
+        ({"model": "org/bare"}, ModelNotFound, ["org/bare: ", "no config.json", "revision"]),
         ({"hub_cache": cache.parent / "file" / "hub"}, ModelError, ["cannot write", "HF_HOME"]),
         ({"hub_cache": Path("/proc/nope/hub")}, ModelError, ["cannot write", "/proc/nope/hub"]),
         ({"hub_cache": Path("/sys/fs")}, ModelError, ["cannot write", "/sys/fs"]),
@@ -509,6 +515,7 @@ def test_refusals_say_what_to_do(hub: Hub, resolve: Callable[..., Snapshot], cac
         assert wrong not in str(error)
     # Not one of them is worth a second try.
     assert hub.count("GET /api/models/org/nothing/*") == 1
+    assert hub.count("GET */org/bare/*safetensors") == 0, "the listing shows what it lacks"
 
 
 def test_offline_with_nothing(hub: Hub, resolve: Callable[..., Snapshot]) -> None:
