@@ -243,6 +243,7 @@ def test_variables_that_are_named_exist() -> None:
         "YOUR_ADDRESS",
         "YOUR_NAME",
         "TOOL_LIMIT_S",
+        "VLLM_CPU_OMP_THREADS_BIND",
         "XDG_STATE_HOME",
     }
     named = set(re.findall(r"\b[A-Z]+(?:_[A-Za-z]+)+\b", README))
