@@ -1,5 +1,6 @@
 """LoRA adapters: told apart, read and compared with their base, all without an engine."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
