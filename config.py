@@ -278,7 +278,7 @@ def read(
         )
     if not settings.endpoint_id:
         faults.append("RUNPOD_ENDPOINT_ID is not set: RunPod and local_runpod.py set it")
-    return settings, faults + _misspelt(environ, options)
+    return settings, faults + misspelt(environ, options)
 
 
 def read_for_models(
@@ -311,8 +311,9 @@ def default_hf_home(environ: Mapping[str, str], volume: Path = VOLUME) -> Path:
     return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
 
 
-def _misspelt(environ: Mapping[str, str], options: frozenset[str]) -> list[str]:
-    known = sorted(options | {setting.name for setting in SETTINGS})
+def misspelt(environ: Mapping[str, str], options: Iterable[str]) -> list[str]:
+    """Return a sentence for each name that comes near to a setting's, or is another worker's."""
+    known = sorted({*options, *(setting.name for setting in SETTINGS)})
     faults = []
     for name in sorted(environ.keys() - set(known)):
         if name in _FOREIGN:

@@ -39,7 +39,7 @@ A MODEL is what MODELS takes; separate several with spaces. fetch and verify wit
 those of MODELS. What goes wrong with one model does not keep them from the others.
 
 exit codes: 0 success, 1 failure, 2 wrong arguments, 3 wrong settings, 4 damaged files,
-            130 interrupted
+            5 `plan`: does not fit, 6 `plan`: too tight or not known, 130 interrupted
 """
 USAGE_CODE, DAMAGED_CODE, INTERRUPTED_CODE, ENDED_CODE = 2, 4, 130, 143
 
@@ -308,6 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, faults = config.read_for_models(environ, OPTION_NAMES)
     args = _build_parser(settings).parse_args(argv)
     config.prepare_hub(config.environment(), settings)
+    if args.command == "plan":  # the others take no notice of the engine's settings
+        faults += config.misspelt(environ, model_plan.SETTING_NAMES)
     try:
         if faults:
             raise ConfigError(faults)

@@ -17,24 +17,39 @@ import machine_memory
 import model_shape
 from errors import ModelTooLarge
 from machine_memory import CPU_KV_CACHE_SHARE, Memory, memory_size
-from model_needs import FitSettings, allowance_bytes, seats, sequence_bytes, weights_bytes
+from model_needs import (
+    GIB,
+    PROCESS_BYTES,
+    FitSettings,
+    allowance_bytes,
+    seats,
+    sequence_bytes,
+    weights_bytes,
+)
 from model_shape import Shape
 
 _MAX_DEVICES = 8
 # Of an engine on GPUs: its processes, and what passes through pinned memory.
-_HOST_BYTES = 4 * 2**30
+_HOST_BYTES = 4 * GIB
 _STEP_TOKENS = 256
 _USEFUL_TOKENS = 2048
 
-Verdict = Literal["fits", "tight", "too large", "not known"]
+# What GPUs are sold with, in GiB.
+_SOLD = (8, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141, 180)
+# A setting whose weights are as large as those of checkpoints in 4 bits, scales included.
+_FOUR_BITS = "nvfp4_per_token"
+
+Verdict = Literal["fits", "tight", "too large", "not known", "cannot run"]
 
 
 @dataclass(frozen=True)
 class Change:
-    """Settings that would make the model fit, and what comes of them."""
+    """Settings that would make the model fit, with what else they need, and what comes of them."""
 
     settings: Mapping[str, str]
     effect: str
+    beside: str = ""
+    """What no setting does: another GPU, another checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,8 @@ class Estimate:
     """What a model takes on each device, and whether the device has it.
 
     Bytes are those of one device; `kv_tokens` and `max_num_seqs` those of the worker, all copies of
-    the model in it together. `certain` is set where vLLM could only fail. `why` is one sentence
+    the model in it together. `certain` is set where vLLM could only fail. A model that "cannot run"
+    lacks no memory: these settings do not go with it. `why` is one sentence
     without its subject; `changes` are those that help.
     """
 
@@ -89,7 +105,7 @@ def check(
         return None
     if found.verdict == "too large" and found.certain:
         raise ModelTooLarge(f"{name} cannot fit: it {found.why}{advice(found)}")
-    worry = found.verdict in ("tight", "too large")
+    worry = found.verdict in ("tight", "too large", "cannot run")
     log.log(
         logging.WARNING if worry else logging.INFO,
         "%s: %s%s",
@@ -109,10 +125,11 @@ def host_bytes(found: Estimate | None, memory: Memory | None) -> int:
 
 def advice(found: Estimate) -> str:
     """Return what would make the model fit, to be set behind a sentence."""
-    ways = [
-        " ".join(f"{name}={value}" for name, value in each.settings.items()) + f": {each.effect}"
-        for each in found.changes
-    ]
+    ways = []
+    for each in found.changes:
+        words = [each.beside] if each.beside else []
+        words += [f"{name}={value}" for name, value in each.settings.items()]
+        ways.append(f"{', '.join(words)}: {each.effect}")
     return "; what would help:\n- " + "\n- ".join(ways) if ways else ""
 
 
@@ -121,7 +138,7 @@ def estimate(shape: Shape, settings: FitSettings, memory: Memory | None) -> Esti
     found = _estimate(shape, settings, memory)
     if memory is None or found.verdict in ("fits", "not known"):
         return found
-    if memory.kind == "gpu" and found.devices > memory.count:
+    if memory.kind == "gpu" and found.devices > memory.count and found.verdict == "too large":
         return found  # what is lacking is not memory
     return dataclasses.replace(found, changes=tuple(_changes(shape, settings, memory)))
 
@@ -175,6 +192,10 @@ def _judge(
     """Return the verdict, whether it is beyond doubt, and a sentence with the numbers."""
     each = " on each device" if settings.devices > 1 else ""
     takes = f"takes {memory_size(weights)} for its weights{each}"
+    heads, parts = _heads(shape), settings.tensor_parallel_size
+    if heads % parts and not settings.remodelled_by:
+        why = f"has {heads} attention heads, which cannot be divided evenly over {parts} devices"
+        return "cannot run", True, why
     if memory is None or room is None:
         return "not known", False, f"{takes}; the memory of this machine's devices is not known"
     if settings.remodelled_by:
@@ -210,6 +231,9 @@ def _judge(
         return "too large", asked, f"needs {wish}, and its KV cache has {memory_size(reserved)}"
     if gpu and weights + one > budget:
         return "too large", asked and sure, f"{takes} and {wish}, and {share}"
+    if gpu and weights + PROCESS_BYTES + one > budget:
+        process = f"{memory_size(PROCESS_BYTES)} for the process itself"
+        return "too large", False, f"{takes}, {wish} and {process}, and {share}"
     if (weights + allowance + max(one, reserved)) * together > budget:
         return (
             "tight",
@@ -224,32 +248,72 @@ def _divided_unclearly(shape: Shape, settings: FitSettings) -> bool:
     return shape.has_experts and settings.data_parallel_size > 1
 
 
+def _heads(shape: Shape) -> int:
+    return shape.number("num_attention_heads", "n_head") or 0
+
+
 def _changes(shape: Shape, settings: FitSettings, memory: Memory) -> Iterator[Change]:
     """Yield what makes the model fit, each tried out; with a shorter context where that is left."""
+    many = dataclasses.replace(memory, count=_MAX_DEVICES**2)  # as many as it takes
+    helps = False
     for new, effect in _ways(shape, settings, memory):
-        changed = dataclasses.replace(settings, **new)
-        memory = dataclasses.replace(memory, count=_MAX_DEVICES**2)  # as many as it takes
-        found = _estimate(shape, changed, memory)
-        if found.verdict != "fits" and (not new or settings.max_model_len is None):
-            needs = sequence_bytes(shape, changed, memory)
-            if needs is None or not found.kv_bytes or not found.max_model_len:
-                continue
-            new["max_model_len"] = _largest(needs, found.kv_bytes, found.max_model_len)
-            if new["max_model_len"] < min(_USEFUL_TOKENS, found.max_model_len):
-                continue
-            found = _estimate(shape, dataclasses.replace(settings, **new), memory)
-        if found.verdict == "fits":
-            texts = {name.upper(): str(value) for name, value in new.items()}
-            size = f"weights of {memory_size(found.weights_bytes)}"
-            yield Change(texts, effect.format(size=size))
-            if "tensor_parallel_size" in new and "max_model_len" not in new:
-                return  # still more devices would do as well
+        if change := _tried(shape, settings, many, new, effect):
+            helps = True
+            yield change
+            more = new.get("tensor_parallel_size", 0) > settings.tensor_parallel_size
+            if more and "MAX_MODEL_LEN" not in change.settings:
+                break  # still more devices would do as well
+    if memory.kind == "cpu":
+        return
+    if not helps and not settings.enforce_eager:
+        new = {"enforce_eager": True}
+        if change := _tried(shape, settings, many, new, "no CUDA graphs, 1 GiB less, but slower"):
+            yield change
+    for gib in _SOLD:
+        larger = dataclasses.replace(many, total_bytes=gib * GIB)
+        if gib * GIB > memory.total_bytes and _estimate(shape, settings, larger).verdict == "fits":
+            each = "a GPU" if settings.devices == 1 else "GPUs"
+            yield Change({}, "with these settings", f"{each} with {gib} GB")
+            return
+
+
+def _tried(
+    shape: Shape, settings: FitSettings, memory: Memory, new: dict[str, Any], effect: str
+) -> Change | None:
+    """Return the change that makes the model fit, with a shorter context if that is left to us."""
+    changed = dataclasses.replace(settings, **new)
+    found = _estimate(shape, changed, memory)
+    if found.verdict != "fits" and (not new or settings.max_model_len is None):
+        needs = sequence_bytes(shape, changed, memory)
+        if needs is None or not found.kv_bytes or not found.max_model_len:
+            return None
+        new["max_model_len"] = _largest(needs, found.kv_bytes, found.max_model_len)
+        if new["max_model_len"] < min(_USEFUL_TOKENS, found.max_model_len):
+            return None
+        found = _estimate(shape, dataclasses.replace(settings, **new), memory)
+    if found.verdict != "fits":
+        return None
+    beside = ""
+    if new.get("quantization") == _FOUR_BITS:
+        beside = "a checkpoint in 4 bits (AWQ, GPTQ)"
+    texts = {name.upper(): str(value).lower() for name, value in new.items() if value != _FOUR_BITS}
+    size = f"weights of {memory_size(found.weights_bytes)}"
+    return Change(texts, effect.format(size=size), beside)
 
 
 def _ways(
     shape: Shape, settings: FitSettings, memory: Memory
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield settings to try, with what to say of them; the first is none but a shorter context."""
+    heads, parts = _heads(shape), settings.tensor_parallel_size
+    if heads % parts:
+        divisor = max(count for count in range(1, parts) if heads % count == 0)
+        yield {"tensor_parallel_size": divisor}, "a number that the heads can be divided by"
+        stages = settings.pipeline_parallel_size * parts
+        if (shape.number("num_hidden_layers", "n_layer") or 0) >= stages:
+            new = {"tensor_parallel_size": 1, "pipeline_parallel_size": stages}
+            yield new, "layers are divided instead of heads"
+        return
     yield {}, "the longest that fits"
     needs = sequence_bytes(shape, settings, memory)
     length = settings.max_model_len or shape.max_model_len
@@ -259,11 +323,10 @@ def _ways(
         return
     if not shape.quantization and not settings.quantization:
         yield {"quantization": "fp8"}, "{size}"
-        yield {"quantization": "bitsandbytes"}, "4 bits, {size}, as a checkpoint in 4 bits has too"
+        yield {"quantization": _FOUR_BITS}, "{size}"
     if settings.kv_cache_dtype == "auto" and needs:
         yield {"kv_cache_dtype": "fp8"}, "half the KV cache"
-    heads = shape.number("num_attention_heads", "n_head") or 0
-    count = settings.tensor_parallel_size * 2
+    count = parts * 2
     while count <= _MAX_DEVICES and heads % count == 0:
         gpus = count * settings.pipeline_parallel_size * settings.data_parallel_size
         yield {"tensor_parallel_size": count}, f"{gpus} GPUs per worker, {{size}} on each"

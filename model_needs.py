@@ -1,11 +1,13 @@
 """What a model takes on one device: weights, KV cache and the work itself, by settings.
 
 Weights and KV cache by vLLM's own arithmetic; for what vLLM measures at start (activations, CUDA) a
-stated allowance. Knows no verdict.
+stated allowance. Knows no verdict; of settings it knows those that decide about memory, and which
+values of them vLLM would refuse.
 """
 
+import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from machine_memory import Memory
@@ -25,8 +27,33 @@ _ON_THE_FLY = {
     "mxfp8": 1.03,
     "int8_per_channel_weight_only": 1.0,
     "nvfp4_per_token": 0.57,
-    "bitsandbytes": 0.57,
 }
+QUANTIZATIONS = frozenset(_ON_THE_FLY) | {
+    "auto_awq",
+    "auto_gptq",
+    "awq",
+    "awq_marlin",
+    "compressed-tensors",
+    "deepseek_v4_fp8",
+    "experts_int8",
+    "fbgemm_fp8",
+    "fp_quant",
+    "gpt_oss_mxfp4",
+    "gptq",
+    "gptq_marlin",
+    "humming",
+    "inc",
+    "modelopt",
+    "modelopt_fp4",
+    "modelopt_mixed",
+    "modelopt_mxfp8",
+    "moe_wna16",
+    "mxfp4",
+    "online",
+    "quark",
+    "torchao",
+}
+"""What QUANTIZATION may be in vLLM 0.32; a list of ours, for pods that have no vLLM."""
 
 OPTION_NAMES = (
     "MAX_MODEL_LEN",
@@ -51,6 +78,41 @@ OPTION_NAMES = (
 
 # Settings that make another model of what the files hold.
 _REMODELLING = ("HF_OVERRIDES", "QUANTIZATION_CONFIG", "SPECULATIVE_CONFIG", "MODEL_IMPL")
+
+
+_COUNTS = (
+    "TENSOR_PARALLEL_SIZE",
+    "PIPELINE_PARALLEL_SIZE",
+    "DATA_PARALLEL_SIZE",
+    "MAX_NUM_SEQS",
+    "BLOCK_SIZE",
+)
+_AMOUNTS = ("MAX_MODEL_LEN", "MAX_NUM_BATCHED_TOKENS", "KV_CACHE_MEMORY_BYTES")
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+def faults(options: Mapping[str, str]) -> Iterator[str]:
+    """Yield a sentence for each value that vLLM would refuse, and so no estimate stands for."""
+    for name in filter(options.__contains__, _COUNTS):
+        if not options[name].isdecimal() or not int(options[name]):
+            yield f"{name} is not a whole number above 0"
+    for name in filter(options.__contains__, _AMOUNTS):
+        longest = name == "MAX_MODEL_LEN" and options[name].lower() in ("auto", "-1")
+        if not longest and parse_tokens(options[name]) is None:
+            yield f"{name} is not a number above 0, such as 8192 or 8k"
+    if not _is_number(options.get("CPU_OFFLOAD_GB", "0")):
+        yield "CPU_OFFLOAD_GB is not a number"
+    if options.get("ENFORCE_EAGER", "true").lower() not in (*_TRUE, *_FALSE):
+        yield "ENFORCE_EAGER is neither true nor false"
+    if (dtype := options.get("DTYPE", "auto")) not in ("auto", *DTYPES):
+        yield f"DTYPE is none of vLLM 0.32{_near(dtype, DTYPES)}"
+    if (word := options.get("QUANTIZATION", "fp8").lower()) not in QUANTIZATIONS:
+        yield f"QUANTIZATION is none of vLLM 0.32{_near(word, QUANTIZATIONS)}"
+
+
+def _near(word: str, words: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, sorted(words), n=1)
+    return f": did you mean {close[0]}?" if close else f": one of {', '.join(sorted(words))}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +140,7 @@ class FitSettings:
     def read(cls, options: Mapping[str, str], gpu_memory_utilization: float) -> "FitSettings":
         """Read vLLM's engine options as text; what is malformed is taken as not set.
 
-        To refuse it is the business of vLLM's own parser.
+        To refuse it is the business of vLLM's own parser, or of `faults` where that is not at hand.
         """
 
         def number(name: str) -> int | None:
@@ -102,7 +164,7 @@ class FitSettings:
             max_num_seqs=number("MAX_NUM_SEQS"),
             max_num_batched_tokens=number("MAX_NUM_BATCHED_TOKENS"),
             block_size=number("BLOCK_SIZE"),
-            enforce_eager=word("ENFORCE_EAGER") in ("true", "1", "yes", "on"),
+            enforce_eager=word("ENFORCE_EAGER") in _TRUE,
             cpu_offload_bytes=int(float(offload) * GIB) if _is_number(offload) else 0,
             remodelled_by=remodelled,
         )
@@ -144,6 +206,10 @@ def _dtype_bytes(shape: Shape, settings: FitSettings) -> int:
     return DTYPES.get(settings.dtype, 2)
 
 
+PROCESS_BYTES = GIB // 2
+"""Of the allowance what no setting takes away: a process's CUDA context and libraries."""
+
+
 def allowance_bytes(shape: Shape, settings: FitSettings, memory: Memory | None) -> int:
     """Return what the work itself may take on a device: a stated guess, vLLM measures it.
 
@@ -153,7 +219,7 @@ def allowance_bytes(shape: Shape, settings: FitSettings, memory: Memory | None) 
     """
     gpu = memory is not None and memory.kind == "gpu"
     places, batch = seats(memory)
-    fixed = GIB // 2 * (2 if settings.devices > 1 else 1)
+    fixed = PROCESS_BYTES * (2 if settings.devices > 1 else 1)
     if gpu and not settings.enforce_eager:
         fixed += GIB
     hidden = shape.number("hidden_size", "n_embd") or 0

@@ -1,18 +1,27 @@
 """What a model's files say about its size: tensors by their headers, attention by its config.
 
 Reads JSON and headers only, from a folder or from what somebody else fetched. Knows neither
-devices nor settings; what it cannot tell it calls unknown instead of guessing.
+devices nor settings; what it cannot tell it calls unknown instead of guessing, and what cannot be
+read at all is a ModelIncomplete that names the file.
 """
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from errors import ModelIncomplete
 from model_files import listing, size_of, weights
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+_CURE = (
+    "`python utils.py verify MODEL --sha256 --repair` fetches damaged files again; in a folder of "
+    "your own, copy it again"
+)
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """The dtypes of safetensors that a loader converts to the model's own, in bytes."""
@@ -82,6 +91,8 @@ class Shape:
     attention: Attention | None = None
     unknown: str = ""
     """Why `attention` is not known."""
+    adapter_of: str | None = None
+    """Of a LoRA adapter the base model, as far as it names one; None where it is a model."""
 
     @property
     def dtype(self) -> str:
@@ -135,20 +146,51 @@ def of_folder(path: Path) -> Shape:
     """Return the shape of a model on disk: a folder, or a GGUF file."""
     if path.is_file():
         return Shape(size_of(path) or 0, unknown="a GGUF file's own header is not read")
+    names = listing(path)
+    files = weights(names, None)
+    sizes = {file: size_of(path / file) or 0 for file in files}
+    if is_adapter(names):
+        return of_adapter(
+            parsed((path / ADAPTER_CONFIG).read_bytes(), path / ADAPTER_CONFIG), sizes
+        )
     try:
-        config = json.loads((path / "config.json").read_bytes())
+        config = parsed((path / "config.json").read_bytes(), path / "config.json")
     except OSError:
         config = {}
-    files = weights(listing(path), None)
     headers = {file: header(path / file) for file in files if file.endswith(".safetensors")}
-    return of_parts(config, {file: size_of(path / file) or 0 for file in files}, headers)
+    return of_parts(config, sizes, headers)
 
 
 def header(path: Path) -> Mapping[str, Any]:
     """Return a safetensors file's header: 8 bytes little-endian length, then JSON."""
     with path.open("rb") as file:
-        found = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return found if isinstance(found, Mapping) else {}
+        length = int.from_bytes(file.read(8), "little")
+        # Anything may stand there; a length beyond the end is cut off, and then no JSON.
+        return parsed(file.read(min(length, size_of(path) or 0)), f"the header of {path}")
+
+
+def parsed(content: bytes, what: Path | str, cure: str = _CURE) -> Mapping[str, Any]:
+    """Return a file's JSON object; ModelIncomplete says of `what` that it holds none."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        found = None
+    if not isinstance(found, Mapping):
+        raise ModelIncomplete(f"{what} is damaged, it holds no JSON object: {cure}")
+    return found
+
+
+def is_adapter(files: Sequence[str]) -> bool:
+    """Whether these are the files of a LoRA adapter, which may bring its base's config.json."""
+    found = weights(files, None)
+    own = all(Path(file).name.startswith("adapter_model") for file in found)
+    return ADAPTER_CONFIG in files and bool(found) and own
+
+
+def of_adapter(config: Mapping[str, Any], sizes: Mapping[str, int]) -> Shape:
+    """Return the shape of a LoRA adapter, which only works on its base model."""
+    base = config.get("base_model_name_or_path")
+    return Shape(sum(sizes.values()), adapter_of=base if isinstance(base, str) else "")
 
 
 def of_parts(
@@ -157,19 +199,19 @@ def of_parts(
     headers: Mapping[str, Mapping[str, Any]],
 ) -> Shape:
     """Return the shape that a configuration, the sizes of the weights and their headers tell."""
-    tensors = [
-        Tensor(
-            name,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for found in headers.values()
-        for name, entry in found.items()
-        if name != "__metadata__"
-    ]
+    tensors = [tensor for file, found in headers.items() for tensor in _tensors(file, found)]
     attention, unknown = _attention(config)
     return Shape(sum(sizes.values()), tuple(tensors), config, attention, unknown)
+
+
+def _tensors(file: str, header: Mapping[str, Any]) -> Iterator[Tensor]:
+    try:
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                yield Tensor(name, entry["dtype"], tuple(map(int, entry["shape"])), end - begin)
+    except (KeyError, TypeError, ValueError):
+        raise ModelIncomplete(f"the header of {file} is not that of safetensors") from None
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -190,10 +232,10 @@ def _number(config: Mapping[str, Any], *names: str) -> int | None:
 def _attention(config: Mapping[str, Any]) -> tuple[Attention | None, str]:
     """Return what a token leaves in the cache, or None and why that is not known."""
     text = _text_config(config)
-    names = config.get("architectures") or text.get("architectures") or [""]
+    names = config.get("architectures") or text.get("architectures")
     if not config:
         return None, "there is no config.json"
-    name = str(names[0])
+    name = str(names[0]) if isinstance(names, list) and names else ""
     if not name.endswith(_GENERATES) or _STATEFUL.search(name) or config.get("is_encoder_decoder"):
         return None, f"{name or 'its architecture'} is not known to keep keys and values only"
     if hybrid := next((name for name in text if _HYBRID.search(name) and text[name]), None):

@@ -112,10 +112,11 @@ def shape_of(
         here = resolve(
             model, hub_cache=hub_cache, model_path=model_path, model_dirs=model_dirs, offline=True
         )
-        return here.name, model_shape.of_folder(here.path)
     except (ModelOffline, ModelIncomplete):
         if offline or model_path is not None or is_local(model):
             raise
+    else:
+        return here.name, model_shape.of_folder(here.path)
     repo = Repo.parse(model)
     hub = Hub(hub_cache, token, endpoint, Patience(), logging.getLogger(__name__))
     shape, failure = hub_headers.read(repo, hub)

@@ -274,6 +274,8 @@ def test_every_change_that_is_proposed_helps(gib: float, settings: dict[str, Any
     assert found.verdict == "too large"
     assert found.changes
     for change in found.changes:
+        if change.beside:
+            continue  # another GPU or checkpoint: below
         options = {name.upper(): str(value) for name, value in settings.items()}
         changed = FitSettings.read({**options, **change.settings}, 0.95)
         assert estimate(llama(), changed, gpu(gib, changed.devices)).verdict == "fits", change
@@ -285,6 +287,43 @@ def test_the_longest_that_fits_is_the_longest() -> None:
     longest = int(change.settings["MAX_MODEL_LEN"])
     assert fit(gpu(24), max_model_len=longest).verdict == "fits"
     assert fit(gpu(24), max_model_len=longest + 256).verdict == "tight"
+
+
+@pytest.mark.parametrize("gib", [0.01, 1, 12, 24])
+def test_the_gpu_that_is_proposed_holds_the_model_and_the_next_smaller_does_not(gib: float) -> None:
+    (last,) = (change for change in fit(gpu(gib)).changes if change.beside.startswith("a GPU"))
+    assert last.beside == "a GPU with 40 GB"
+    assert fit(gpu(40)).verdict == "fits"
+    assert fit(gpu(32)).verdict != "fits"
+
+
+def test_a_gpu_without_room_for_the_process_is_too_small() -> None:
+    small = model_shape.of_parts({**LLAMA, "num_hidden_layers": 1}, {}, {})
+    found = fit(gpu(0.4), small, max_model_len=16)
+    assert (found.verdict, found.certain) == ("too large", False)
+    assert "512.00 MiB for the process itself" in found.why
+
+
+def test_cuda_graphs_are_given_up_where_nothing_else_helps() -> None:
+    small = model_shape.of_parts({**LLAMA, "num_hidden_layers": 1}, {}, {})
+    found = fit(gpu(1.9), small, max_model_len=16)
+    assert [dict(change.settings) for change in found.changes] == [{"ENFORCE_EAGER": "true"}, {}]
+
+
+def test_heads_are_divided_evenly_or_not_at_all() -> None:
+    found = fit(gpu(80, 7), tensor_parallel_size=7)
+    assert (found.verdict, found.certain) == ("cannot run", True)
+    assert found.why == "has 32 attention heads, which cannot be divided evenly over 7 devices"
+    assert [dict(change.settings) for change in found.changes] == [
+        {"TENSOR_PARALLEL_SIZE": "4"},
+        {"TENSOR_PARALLEL_SIZE": "1", "PIPELINE_PARALLEL_SIZE": "7"},
+    ]
+    for change in found.changes:
+        settings = FitSettings.read(change.settings, 0.95)
+        assert estimate(llama(), settings, gpu(80, 7)).verdict == "fits"
+    assert fit(None, tensor_parallel_size=7).verdict == "cannot run"
+    changed = fit(gpu(80, 7), tensor_parallel_size=7, remodelled_by="HF_OVERRIDES")
+    assert changed.verdict == "not known"
 
 
 def test_a_machine_without_gpu_may_get_a_larger_cache() -> None:
@@ -310,7 +349,8 @@ def test_a_start_ends_with_numbers_and_with_what_to_change(tmp_path: Path) -> No
     text = str(raised.value)
     assert text.startswith("org/big cannot fit: it takes 14.96 GiB for its weights, and a GPU has")
     assert "12.00 GiB, of which vLLM takes 10.80 GiB" in text
-    assert "\n- QUANTIZATION=bitsandbytes: 4 bits, weights of 5." in text
+    assert "\n- a checkpoint in 4 bits (AWQ, GPTQ): weights of 5." in text
+    assert "\n- a GPU with 20 GB: with these settings" in text
     assert "\n- TENSOR_PARALLEL_SIZE=2: 2 GPUs per worker, weights of 7.48 GiB on each" in text
 
 
@@ -332,6 +372,7 @@ def test_a_doubt_is_a_word_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureF
         {"architectures": ["LlamaForCausalLM"], "text_config": 3, "num_hidden_layers": 0},
         {**LLAMA, "num_attention_heads": 0},
         {**LLAMA, "layer_types": [1, None]},
+        {**LLAMA, "architectures": 5},
         {**LLAMA, "rope_scaling": {"factor": "x", "type": "yarn"}},
         [],
     ],
