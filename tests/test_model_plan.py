@@ -184,10 +184,8 @@ def test_without_a_name_it_is_the_first_of_models(pod: Pod) -> None:
     found = pod.numbers("--gpu-memory", "24GB", MODELS="org/tiny, org/none")
     assert found["model"] == "org/tiny"
     done = pod.plan()
-    assert (done.returncode, done.stderr) == (
-        3,
-        "- name a model, such as org/name, or set MODELS\n",
-    )
+    assert done.returncode == 3
+    assert "- name a model, such as org/name, or set MODELS" in done.stderr
 
 
 def test_what_is_not_known_has_a_code(pod: Pod) -> None:
@@ -252,7 +250,7 @@ def test_the_words_of_quantization_are_those_of_vllm() -> None:
     (names,) = (
         node.value
         for node in ast.parse(source.read_text()).body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets) == "QuantizationMethods"
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "QuantizationMethods"
     )
     assert isinstance(names, ast.Subscript)
     assert set(ast.literal_eval(names.slice)) == model_needs.QUANTIZATIONS
