@@ -127,9 +127,8 @@ def advice(found: Estimate) -> str:
     """Return what would make the model fit, to be set behind a sentence."""
     ways = []
     for each in found.changes:
-        words = [each.beside] if each.beside else []
-        words += [f"{name}={value}" for name, value in each.settings.items()]
-        ways.append(f"{', '.join(words)}: {each.effect}")
+        settings = " ".join(f"{name}={value}" for name, value in each.settings.items())
+        ways.append(f"{', '.join(filter(None, (each.beside, settings)))}: {each.effect}")
     return "; what would help:\n- " + "\n- ".join(ways) if ways else ""
 
 

@@ -17,7 +17,7 @@ import machine_memory
 import model_shape
 from errors import ModelTooLarge
 from machine_memory import Memory
-from model_fit import Estimate, check, estimate
+from model_fit import Estimate, advice, check, estimate
 from model_needs import FitSettings, parse_tokens, weights_bytes
 from model_shape import Attention, Shape
 
@@ -318,6 +318,7 @@ def test_heads_are_divided_evenly_or_not_at_all() -> None:
         {"TENSOR_PARALLEL_SIZE": "4"},
         {"TENSOR_PARALLEL_SIZE": "1", "PIPELINE_PARALLEL_SIZE": "7"},
     ]
+    assert "\n- TENSOR_PARALLEL_SIZE=1 PIPELINE_PARALLEL_SIZE=7: layers " in advice(found)
     for change in found.changes:
         settings = FitSettings.read(change.settings, 0.95)
         assert estimate(llama(), settings, gpu(80, 7)).verdict == "fits"
