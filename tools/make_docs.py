@@ -197,7 +197,11 @@ def volume_help() -> str:
     printed = subprocess.run(
         [sys.executable, "utils.py", "--help"],
         cwd=ROOT,
-        env={"PATH": os.environ["PATH"], "COLUMNS": "100", "HF_HOME": "/workspace/huggingface-cache"},
+        env={
+            "PATH": os.environ["PATH"],
+            "COLUMNS": "100",
+            "HF_HOME": "/workspace/huggingface-cache",
+        },
         check=True,
         capture_output=True,
         text=True,
