@@ -1,8 +1,17 @@
 """What holds for every test."""
 
+import logging
 import signal
+
+import pytest
 
 # Many tests interrupt what they start. Where interrupts are ignored, as a shell has it in the
 # background, everything that is started would ignore them too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def usual_root_logger() -> None:
+    """Undo what a dependency of vLLM does when a test imports it: it silences the root logger."""
+    logging.getLogger().setLevel(logging.WARNING)

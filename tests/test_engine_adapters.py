@@ -1,6 +1,5 @@
 """LoRA adapters: told apart, read and compared with their base, all without an engine."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,6 @@ def test_an_entry_with_an_adapters_configuration_is_one(tmp_path: Path) -> None:
 def test_an_adapter_is_its_bases_or_else_the_first_ones(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # A dependency of vLLM raises the root logger's level when another test imports it.
-    caplog.set_level(logging.WARNING, "worker.engine")
     other = Entry("org/other", TINY)
     entries = [
         BASE,

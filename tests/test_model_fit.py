@@ -385,6 +385,7 @@ def test_a_strange_configuration_stops_no_start(tmp_path: Path, config: Any) -> 
 def test_files_without_a_header_stop_no_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
     assert check(tmp_path, "org/odd", {}, 0.95, LOG, gpu(80)) is None
     assert "could not be estimated" in caplog.text
