@@ -92,6 +92,8 @@ class RunningWorker:
             "ENFORCE_EAGER": "true",
             "MAX_MODEL_LEN": "2048",
             "KV_CACHE_MEMORY_BYTES": "268435456",
+            # Bound to a core that everything else needs too, the engine can keep it for seconds.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             **settings,
         }
         if private:
