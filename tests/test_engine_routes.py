@@ -225,7 +225,9 @@ async def test_the_engines_death_ends_every_run(
     (core,) = [
         process
         for process in thinker_and_its_processes[1]
-        if process.is_running() and process.ppid() == os.getpid() and "Core" in _title(process)
+        if process.is_running()
+        and process.ppid() == os.getpid()
+        and "resource_tracker" not in " ".join(process.cmdline())
     ]
     core.send_signal(signal.SIGKILL)
     assert await eventually(lambda: thinker.dead, 2)
@@ -236,7 +238,3 @@ async def test_the_engines_death_ends_every_run(
             await ask(thinker, route, body)
     for run in runs:
         await asyncio.wait_for(run.aclose(), 1)
-
-
-def _title(process: psutil.Process) -> str:
-    return " ".join(process.cmdline()) or process.name()
