@@ -6,7 +6,6 @@ is given.
 """
 
 import collections
-import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,10 +15,9 @@ import msgspec
 from errors import RequestError
 from frames import AnswerEvent, Body, End, Head
 from protocol import Call
+from readiness import Timed
 
 LISTING = "/v1/models"
-
-Timed = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
 class Run(Protocol):

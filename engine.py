@@ -16,7 +16,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,6 +45,7 @@ from engine_tracking import TrackedCall, TrackedLLM, cancelled, current_call
 from errors import ConfigError, EngineDead, RequestError
 from frames import AnswerEvent, Body, End, Event, Head, Sse, Text
 from protocol import GENERATE, ROUTES, Call, GenerateBody, parse_generate
+from readiness import Timed
 
 log = logging.getLogger("worker.engine")
 
@@ -65,9 +66,6 @@ MAX_STREAM_INTERVAL = 64
 
 _WORKERS_REASON = re.compile(r"Worker failed with error '(.*)', please check", re.DOTALL)
 """What vLLM says around the reason for which its worker failed."""
-
-Timed = Callable[[str], contextlib.AbstractContextManager[Any]]
-"""Times a phase by its name."""
 
 Batch = tuple[list[AnswerEvent], bool]
 """Events, and whether they are the last."""

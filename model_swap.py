@@ -33,7 +33,6 @@ from base_models import (
     Engine,
     Listing,
     Run,
-    Timed,
     listed,
     model_name,
     not_loaded,
@@ -42,6 +41,7 @@ from base_models import (
 from errors import ConfigError, EngineDead, RequestError, SealedError
 from frames import AnswerEvent, Note
 from protocol import Call
+from readiness import Timed
 
 log = logging.getLogger("worker.models")
 

@@ -21,7 +21,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -33,7 +34,7 @@ import model_fit
 import model_prefetch
 import utils
 from errors import ModelError
-from readiness import Facts, Readiness
+from readiness import Facts, Readiness, timed
 from utils import Snapshot
 
 log = logging.getLogger("worker.models")
@@ -84,7 +85,7 @@ class Preparation:
                 if "log" in message:
                     log.log(message["level"], "%s", message["log"])
                 elif "phase" in message:
-                    self._readiness.add(**message["phase"])
+                    self._readiness.add(*message["phase"])
                 else:
                     self._messages.put(message)
         finally:
@@ -138,16 +139,9 @@ class _Channel(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.say(log=record.getMessage(), level=record.levelno)
 
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[Facts]:
+    def timed(self, name: str) -> AbstractContextManager[Facts]:
         """Time a phase for the worker's record."""
-        facts: Facts = {}
-        began_at = time.time()
-        try:
-            yield facts
-        finally:
-            phase = {"name": name, "began_at": began_at, "ended_at": time.time(), "facts": facts}
-            self.say(phase=phase)
+        return timed(name, lambda *phase: self.say(phase=phase))
 
 
 def _prepare(job: Mapping[str, Any], channel: _Channel) -> None:

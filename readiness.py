@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ KEPT = 64
 
 Facts = dict[str, int | float | str]
 
+Timed = Callable[[str], contextlib.AbstractContextManager[Any]]
+"""Times a phase by its name; gives a mapping, and what is put into it is kept with the phase."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -57,6 +60,17 @@ class Phase:
         return self.began_s + self.took_s
 
 
+@contextlib.contextmanager
+def timed(name: str, add: Callable[[str, float, float, Facts], object]) -> Iterator[Facts]:
+    """Time what happens inside and `add` it: name, begin and end since the epoch, its facts."""
+    facts: Facts = {}
+    began_at = time.time()
+    try:
+        yield facts
+    finally:
+        add(name, began_at, time.time(), facts)
+
+
 class Readiness:
     """The phases of this process's start."""
 
@@ -66,15 +80,9 @@ class Readiness:
         self.phases: list[Phase] = []
         self.about: dict[str, Any] = {}
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[Facts]:
+    def phase(self, name: str) -> contextlib.AbstractContextManager[Facts]:
         """Time what happens inside; what is put into the mapping is kept with it."""
-        facts: Facts = {}
-        began_at = time.time()
-        try:
-            yield facts
-        finally:
-            self.add(name, began_at, time.time(), facts)
+        return timed(name, self.add)
 
     def add(self, name: str, began_at: float, ended_at: float, facts: Facts | None = None) -> None:
         """Add a phase that was timed elsewhere, in seconds since the epoch."""
