@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+import engine_adapters
 import errors
 import log_guard
 import machine_memory
@@ -164,7 +165,7 @@ def _prepare(job: Mapping[str, Any], channel: _Channel) -> None:
                 log=told,
                 timed=channel.timed,
             )
-            if base is None and not (snapshot.path / "adapter_config.json").exists():
+            if base is None and not engine_adapters.is_adapter(snapshot.path):
                 base = snapshot
                 memory = machine_memory.here()
                 fit = model_fit.check(

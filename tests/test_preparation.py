@@ -60,3 +60,10 @@ def test_an_adapter_that_stands_first_is_not_taken_for_the_model(
     preparation, readiness = prepared(adapter, model)
     assert [each.path for each in preparation.snapshots()] == [adapter, model]
     assert read_bytes(preparation, readiness) == sum(len(MODEL[file]) for file in SHARDS)
+
+
+def test_a_merged_model_that_kept_its_adapters_configuration_is_a_model(model: Path) -> None:
+    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    preparation, readiness = prepared(model)
+    preparation.snapshots()
+    assert read_bytes(preparation, readiness) == sum(len(MODEL[file]) for file in SHARDS)
