@@ -94,9 +94,14 @@ def _home(settings: Settings) -> Path:
     return settings.hub_cache
 
 
-def _here(settings: Settings) -> dict[str, Any]:
-    """Return where `utils` looks for models."""
-    return {"hub_cache": settings.hub_cache, "model_dirs": settings.model_dirs}
+def _here(model: str, models: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """Return where `utils` looks for one of `models`; MODEL_PATH holds the first of MODELS."""
+    first = (settings.models or models)[0]
+    return {
+        "hub_cache": settings.hub_cache,
+        "model_path": settings.model_path if model == first else None,
+        "model_dirs": settings.model_dirs,
+    }
 
 
 def _reach(settings: Settings) -> dict[str, Any]:
@@ -121,9 +126,8 @@ def _fetch(args: argparse.Namespace, settings: Settings) -> int:
     models = _models(args, settings)
 
     def fetch(model: str) -> int:
-        snapshot = utils.resolve(
-            model, offline=settings.offline, **{**_here(settings), **_reach(settings)}
-        )
+        places = {**_here(model, models, settings), **_reach(settings)}
+        snapshot = utils.resolve(model, offline=settings.offline, **places)
         print(snapshot.path)
         return 0
 
@@ -148,18 +152,21 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace, settings: Settings) -> int:
+    models = _models(args, settings)
+
     def verify(model: str) -> int:
-        verdict = utils.verify(model, sha256=args.sha256, log=log, **_here(settings))
+        places = _here(model, models, settings)
+        verdict = utils.verify(model, sha256=args.sha256, log=log, **places)
         if verdict.faults and args.repair:
             _print_verdict(verdict, args.sha256)
             if settings.offline:
                 raise ModelOffline(f"{model} cannot be repaired: HF_HUB_OFFLINE is set, unset it")
             utils.repair(model, verdict, **_reach(settings))
-            verdict = utils.verify(model, sha256=args.sha256, log=log, **_here(settings))
+            verdict = utils.verify(model, sha256=args.sha256, log=log, **places)
         _print_verdict(verdict, args.sha256)
         return DAMAGED_CODE if verdict.faults else 0
 
-    return _each(_models(args, settings), verify)
+    return _each(models, verify)
 
 
 def _print_verdict(verdict: Verdict, hashed: bool) -> None:

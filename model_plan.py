@@ -90,7 +90,8 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     name, shape = utils.shape_of(
         model,
         hub_cache=settings.hub_cache,
-        model_path=settings.model_path,
+        # It holds the first of MODELS, as for a worker.
+        model_path=settings.model_path if model in (settings.models[:1] or (model,)) else None,
         model_dirs=settings.model_dirs,
         token=settings.hf_token,
         endpoint=settings.hf_endpoint,

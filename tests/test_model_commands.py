@@ -84,6 +84,18 @@ def test_fetch_prepares_a_volume(volume: Volume, hub: Hub) -> None:
     assert hub.count("* */org/tiny/*") == 0
 
 
+def test_model_path_holds_the_first_of_models_as_it_does_for_a_worker(
+    volume: Volume, hub: Hub, tmp_path: Path
+) -> None:
+    copied = write_model(tmp_path / "copied")
+    fetched = volume.run("fetch", MODEL_PATH=str(copied), MODELS="org/tiny")
+    assert fetched.stdout.splitlines() == [str(copied)]
+    assert hub.requests == []
+    missing = volume.run("verify", "org/tiny", MODEL_PATH=str(tmp_path / "none"))
+    assert missing.returncode == 1
+    assert f"MODEL_PATH {tmp_path / 'none'} does not exist" in missing.stderr
+
+
 def flip(path: Path, at: int) -> None:
     """Invert one byte of a file, wherever it really lies."""
     with path.open("r+b") as file:
