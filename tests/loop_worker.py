@@ -2,8 +2,9 @@
 
 Its arguments: a folder, its number of slots, and `mended` or `sdk`. It notes in the
 folder's `notes` what happens, one line each, and does what files of the folder tell
-it: with `fail-start` it fails to start, with `dead` its engine counts as dead, and
-while `hold` is there jobs wait and the start does. `told` is there once it is told to stop.
+it: with `fail-start` it fails to start, with `dead` its engine counts as dead, while
+`hold` is there jobs wait and while `hold-start` is there the start does. `told` is there
+once it is told to stop.
 """
 
 import asyncio
@@ -35,9 +36,9 @@ def there(name: str) -> bool:
     return (FOLDER / name).exists()
 
 
-async def released() -> None:
-    """Wait until nothing holds."""
-    while there("hold") and not there("dead"):
+async def released(hold: str) -> None:
+    """Wait until that file is gone."""
+    while there(hold) and not there("dead"):
         await asyncio.sleep(0.01)
 
 
@@ -46,7 +47,7 @@ async def handler(job: dict[str, Any]) -> AsyncIterator[str]:
     note("began", job["id"])
     try:
         yield "first"
-        await released()
+        await released("hold")
         yield "dead" if there("dead") else "last"
         note("ended", job["id"])
     except (asyncio.CancelledError, GeneratorExit):
@@ -58,7 +59,7 @@ async def handler(job: dict[str, Any]) -> AsyncIterator[str]:
 async def lifespan() -> AsyncIterator[None]:
     """Stand in for the engine's start and stop."""
     note("starting")
-    await released()
+    await released("hold-start")
     if there("fail-start"):
         raise ConfigError(["told to fail"])
     note("started")

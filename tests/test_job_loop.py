@@ -94,12 +94,12 @@ def test_no_job_is_taken_before_the_start_is_complete(
     platform: LocalRunpod, caller: Caller, tmp_path: Path
 ) -> None:
     job = caller.submit({})
-    (tmp_path / "hold").touch()
+    (tmp_path / "hold-start").touch()
     with LoopWorker(platform, tmp_path) as worker:
         worker.noted("starting")
         assert not platform.workers["pod-1"].ready
         assert status(platform, job) is Status.IN_QUEUE
-        worker.tell("hold", on=False)
+        worker.tell("hold-start", on=False)
         assert caller.outputs(job) == ["first", "last"]
         assert worker.notes == ["starting", "started", f"began {job}", f"ended {job}"]
 
@@ -118,13 +118,13 @@ def test_a_start_that_fails_takes_nothing(
 def test_sigterm_during_the_start_takes_nothing_and_ends_with_0(
     platform: LocalRunpod, caller: Caller, tmp_path: Path
 ) -> None:
-    (tmp_path / "hold").touch()
+    (tmp_path / "hold-start").touch()
     with LoopWorker(platform, tmp_path) as worker:
         worker.noted("starting")
         job = caller.submit({})
         worker.terminate()
         until((tmp_path / "told").exists, 30, "told to stop")
-        worker.tell("hold", on=False)
+        worker.tell("hold-start", on=False)
         assert worker.process.wait(30) == 0
         assert worker.notes == ["starting", "started", "stopped"]
     assert status(platform, job) is Status.IN_QUEUE
@@ -166,10 +166,7 @@ def test_running_jobs_finish_after_sigterm_and_no_other_is_taken(
 ) -> None:
     (tmp_path / "hold").touch()
     with LoopWorker(platform, tmp_path) as worker:
-        worker.noted("starting")
-        worker.tell("hold", on=False)
         worker.ready()
-        worker.tell("hold")
         jobs = [caller.submit({}) for _ in range(3)]
         for job in jobs:
             worker.noted(f"began {job}")
@@ -221,13 +218,8 @@ def twice(platform: LocalRunpod, caller: Caller, folder: Path, loop: str) -> tup
     """Deliver a job twice to the same worker, then let it end."""
     platform.faults.add("job-take", duplicate=1, nth=1)
     job = caller.submit({})
+    (folder / "hold").touch()
     with LoopWorker(platform, folder, loop=loop) as worker:
-        (folder / "hold").touch()
-        if loop == "mended":
-            worker.noted("starting")
-            worker.tell("hold", on=False)
-            worker.ready()
-            worker.tell("hold")
         until(lambda: job in platform.workers["pod-1"].jobs, 60, "taken")
         worker.noted(f"began {job}")
         probe = caller.submit({})  # taken after the second delivery, which stood before it
