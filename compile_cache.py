@@ -49,6 +49,11 @@ _ARTEFACTS = (
 )
 _READY = "ready"
 
+# What vLLM has found out about its own classes of models; it looks after their validity itself, by
+# a hash of their source. Without it a start inspects the model's class in a process of its own,
+# which imports vLLM anew: it is kept whatever else is thrown away.
+_KEPT = "vllm/modelinfos"
+
 Files = dict[str, int]
 """Size in bytes by name."""
 
@@ -218,7 +223,10 @@ class CompileCache:
         return found
 
     def _empty(self) -> None:
-        for entry in self._local.iterdir():
+        kept = self._local / _KEPT
+        for entry in (*self._local.iterdir(), *kept.parent.glob("*")):
+            if entry in (kept, kept.parent):
+                continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:

@@ -385,11 +385,8 @@ def prepare_engine_processes(environ: MutableMapping[str, str], *, fork: bool, c
 
 
 def local_compile_folder(environ: Mapping[str, str], settings: Settings) -> Path | None:
-    """Return where the local disk keeps what is compiled; None where nothing is compiled or kept.
-
-    Known before vLLM is imported, unlike its engine arguments.
-    """
-    if not settings.compile_cache or environ.get("ENFORCE_EAGER", "").strip().lower() in _TRUE:
+    """Return where the local disk keeps what is compiled; None where it is not kept."""
+    if not settings.compile_cache:
         return None
     cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "sealed-vllm" / "compile"

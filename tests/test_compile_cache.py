@@ -159,6 +159,17 @@ def test_what_a_start_left_that_was_never_ready_is_removed(first: Worker, tmp_pa
     assert again.files == MADE
 
 
+def test_what_vllm_knows_of_its_classes_outlives_what_is_removed(
+    first: Worker, tmp_path: Path
+) -> None:
+    known = {"vllm/modelinfos/llama.json": b"{}"}
+    first.compiles(known)
+    other = Worker(tmp_path, key={**KEY, "torch": "2.14.0"})
+    assert other.hydrated is None and other.files == known
+    again = Worker(tmp_path)  # an archive is unpacked beside it
+    assert again.hydrated is not None and again.files == {**MADE, **known}
+
+
 def test_two_processes_never_share_a_local_folder(tmp_path: Path) -> None:
     one, two = LocalFolder(tmp_path / "parent"), LocalFolder(tmp_path / "parent")
     assert one.path != two.path and one.path.stat().st_mode & 0o777 == 0o700

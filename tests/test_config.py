@@ -264,12 +264,11 @@ def test_a_quieter_log_is_left_quiet(level: str) -> None:
     ("environ", "folder"),
     [
         ({"XDG_CACHE_HOME": "/cache"}, Path("/cache/sealed-vllm/compile")),
-        ({"XDG_CACHE_HOME": "/cache", "ENFORCE_EAGER": "no"}, Path("/cache/sealed-vllm/compile")),
-        ({"ENFORCE_EAGER": "True"}, None),
+        ({"COMPILE_CACHE": "on"}, Path.home() / ".cache/sealed-vllm/compile"),
         ({"COMPILE_CACHE": "off"}, None),
     ],
 )
-def test_what_is_compiled_is_kept_unless_nothing_is_or_it_is_switched_off(
+def test_what_is_compiled_is_kept_unless_that_is_switched_off(
     environ: dict[str, str], folder: Path | None
 ) -> None:
     settings, _ = config.read(environ, ())
