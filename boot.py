@@ -23,9 +23,9 @@ import engine_phases
 from base_models import BaseModel, clashes
 from compile_cache import CompileCache, LocalFolder
 from config import Settings
-from crypto import KeyRing
 from engine_adapters import Family
 from errors import ConfigError
+from keys import KeyRing
 from model_needs import OPTION_NAMES
 from model_swap import Models
 from preparation import Job, Preparation

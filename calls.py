@@ -12,13 +12,14 @@ from typing import Any, Literal
 import client_config
 from answers import Answer, AnswerBuilder, Delta, Progress, Response, ResponseBuilder
 from client_config import ClientSettings
-from crypto import KeyRing, new_request
+from crypto import new_request
 from endpoint import Endpoint
 from errors import ConfigError, RequestError
 from job import Job, Limits
 from job_polled import PolledJob
 from job_records import TTL_S, JobRecords, SubmittedJob
 from job_route import RouteJob
+from keys import KeyRing
 from protocol import GENERATE, GenerateBody, parse_generate
 from streams import Pieces
 from submissions import Submissions

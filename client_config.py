@@ -3,7 +3,7 @@
 Owns names, defaults and checks of the client's settings and the rule that key
 files are readable by their owner alone. `environment` is the only reader of the
 environment on the client's side. Knows nothing of what a key looks like inside
-(crypto.py) or of endpoints.
+(keys.py) or of endpoints.
 """
 
 import ipaddress
@@ -77,7 +77,7 @@ class ClientSettings:
     endpoint_id: str
     api_key: str = field(repr=False)
     encryption_key: str = field(repr=False)
-    """One Fernet key or several, as crypto.KeyRing reads them; empty where none is needed."""
+    """One Fernet key or several, as keys.KeyRing reads them; empty where none is needed."""
     api_base: str = DEFAULT_API_BASE
     timeout_s: float | None = None
     wait_s: float | None = None

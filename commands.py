@@ -28,8 +28,8 @@ from commands_parser import (
     read_settings,
 )
 from commands_screen import Screen
-from crypto import Key, generate_key
 from errors import ConfigError, SealedError
+from keys import Key, generate_key
 
 
 async def _plain(

@@ -13,8 +13,8 @@ from email.utils import parsedate_to_datetime
 from typing import Literal
 
 from client import AsyncClient, ClientSettings, Progress, versions
-from crypto import KeyRing
 from errors import ConfigError, NoWorker, Rejected, RequestError, SealedError
+from keys import KeyRing
 from protocol import CLOCK_SKEW_S, VERSION
 
 CLOCK_WARNING_S = CLOCK_SKEW_S / 2

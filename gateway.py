@@ -31,7 +31,6 @@ import gateway_vapi
 import gateway_voice
 import log_guard
 from client import AsyncClient, versions
-from crypto import KeyRing
 from errors import ConfigError, RequestError, SealedError
 from gateway_admin import Admin
 from gateway_config import GatewaySettings
@@ -41,6 +40,7 @@ from gateway_metrics import CONTENT_TYPE, Metrics
 from gateway_models import Catalog
 from gateway_relay import Relay
 from gateway_reply import Serving
+from keys import KeyRing
 
 VERSION = "0.1.0"
 

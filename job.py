@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from answers import Progress
-from crypto import AnswerOpener, Key, seal_request
+from crypto import AnswerOpener, seal_request
 from delivery import Delivery
 from endpoint import Endpoint
 from errors import (
@@ -29,6 +29,7 @@ from errors import (
     TooLarge,
 )
 from frames import AnswerEvent
+from keys import Key
 from progress import PROGRESS_S, Reporter
 from protocol import Request
 

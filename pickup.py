@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 from answers import Answer, AnswerBuilder, Progress, Response, ResponseBuilder
-from crypto import AnswerOpener, KeyId
+from crypto import AnswerOpener
 from delivery import Delivery
 from endpoint import Endpoint
 from errors import NotOver
 from frames import AnswerEvent
 from job import OVER, verdict
 from job_records import SubmittedJob
+from keys import KeyId
 from progress import Reporter
 from protocol import GENERATE
 

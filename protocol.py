@@ -1,7 +1,7 @@
 """The messages of both sides: constants, limits, the request and the forms a job's input can take.
 
 Owns every number and field name of SPEC.md sections 3, 4, 8 and 9 and the strict
-parsing of them. Knows nothing of keys (crypto.py), of the answer's frames
+parsing of them. Knows nothing of keys (keys.py), of the answer's frames
 (frames.py), of engines or of networks.
 """
 

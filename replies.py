@@ -9,10 +9,12 @@ import json
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from crypto import AnswerSealer, Key, SimpleSealer
+from crypto import AnswerSealer
 from errors import Rejected, RequestError
 from frames import AnswerEvent, Body, End, Event, FrameEncoder, Head, Note, Sse, Text, merge
+from keys import Key
 from protocol import PlaintextInput, Request
+from simple_form import SimpleSealer
 
 
 class Reply(Protocol):

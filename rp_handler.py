@@ -28,9 +28,10 @@ import log_guard
 from base_models import Run
 from boot import Booted, boot
 from config import Settings
-from crypto import CELL_PAYLOAD_BYTES, KeyRing, ReplayGuard, RequestOpener, open_simple
+from crypto import CELL_PAYLOAD_BYTES, RequestOpener
 from errors import ConfigError, EngineDead, ModelError, Rejected, RequestError
 from frames import AnswerEvent, Body, End, Head
+from keys import KeyRing
 from model_swap import Models
 from pacing import paced, with_signs
 from protocol import (
@@ -42,7 +43,9 @@ from protocol import (
     SimpleInput,
     parse_job_input,
 )
+from replay_guard import ReplayGuard
 from replies import PlaintextReply, Reply, SealedReply, SimpleReply, rejection
+from simple_form import open_simple
 
 VERSION = "0.1.0"
 

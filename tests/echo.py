@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from client_config import ClientSettings
-from crypto import generate_key
+from keys import generate_key
 from local_runpod import LocalRunpod
 from local_runpod_faults import Fault
 from local_runpod_queue import Job, Status

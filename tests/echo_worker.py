@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import runpod
 
 import log_guard
-from crypto import KeyRing, RequestOpener
+from crypto import RequestOpener
 from errors import Rejected, RequestError
 from frames import AnswerEvent, Body, End, Event, Head, Note, Sse, Text
+from keys import KeyRing
 from pacing import with_signs
 from protocol import MAX_TTL_S, Request, SealedInput, parse_generate, parse_job_input
 from replies import SealedReply, rejection

@@ -12,7 +12,7 @@ import commands_parser
 import doctor
 import errors
 from commands_screen import printable
-from crypto import Key, generate_key
+from keys import Key, generate_key
 from local_runpod_queue import Status
 from tests.cli import Done, Terminal, run, run_apart, start
 from tests.echo import Echo

@@ -17,7 +17,6 @@ import endpoint
 import job_polled
 from client import Answer, AsyncClient, Client, Progress, Response
 from client_config import ClientSettings, load
-from crypto import generate_key
 from errors import (
     AnswerError,
     ConfigError,
@@ -40,6 +39,7 @@ from errors import (
     WrongApiKey,
 )
 from frames import End
+from keys import generate_key
 from tests.echo import Echo
 from tests.wait import until
 

@@ -19,7 +19,7 @@ import compile_archive
 import compile_key
 from compile_archive import PART_SUFFIX, SEAL_BYTES
 from compile_cache import STALE_PART_S, CompileCache, LocalFolder
-from crypto import Key
+from keys import Key
 
 log = logging.getLogger("tests.compile_cache")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from crypto import generate_key
+from keys import generate_key
 from local_runpod import LocalRunpod
 from tests.wait import until
 from tests.workers import RunningWorker

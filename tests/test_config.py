@@ -8,7 +8,7 @@ import pytest
 
 import config
 from config import SETTINGS, Settings
-from crypto import generate_key
+from keys import generate_key
 
 OPTIONS = frozenset({"MAX_MODEL_LEN", "QUANTIZATION", "TENSOR_PARALLEL_SIZE", "TOOL_CALL_PARSER"})
 NOWHERE = Path("/nowhere")

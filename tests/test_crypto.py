@@ -9,6 +9,7 @@ import copy
 import os
 import pickle
 import statistics
+import string
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,23 +23,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import crypto
-from crypto import (
-    AnswerOpener,
-    AnswerSealer,
-    Key,
-    KeyRing,
-    OpenedChunk,
-    ReplayGuard,
-    RequestOpener,
-    SimpleSealer,
-    generate_key,
-    new_request,
-    open_simple,
-    open_simple_answer,
-    seal_request,
-)
+import fernets
+import simple_form
+from crypto import AnswerOpener, AnswerSealer, OpenedChunk, RequestOpener, new_request, seal_request
 from errors import ConfigError, Rejected, RequestError, TamperedChunk
+from fernets import b64
+from keys import Key, KeyRing, generate_key
 from protocol import MAX_CHUNK_BYTES, MAX_REQUEST_BYTES, Request, pad_request, parse_generate
+from replay_guard import ReplayGuard
+from simple_form import OpenedSimple, SimpleSealer, open_simple, open_simple_answer
 
 NOW = 1_790_000_000
 AUDIENCE = "endpoint"
@@ -91,7 +84,7 @@ def flipped(text: str, start: int = 0) -> Iterator[str]:
 
 def respelt(text: str) -> list[str]:
     """Return other spellings of `text` that lenient base64 readers decode to the same bytes."""
-    alphabet = crypto._ALPHABET[:62] + "-_"
+    alphabet = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
     body = text.rstrip("=")
     pads = text[len(body) :]
     spellings = [text + "\n", "\n".join((text[:300], text[300:])), text + "====", " " + text]
@@ -353,7 +346,7 @@ def check_memory_is_bounded() -> None:
     assert len(guard) == 1
 
 
-def simple_of(text: Any, *keys: Key, now: float = NOW) -> crypto.OpenedSimple:
+def simple_of(text: Any, *keys: Key, now: float = NOW) -> OpenedSimple:
     ring = KeyRing(keys or (KEY,))
     return open_simple(ring, text, max_ttl_s=86400, clock_skew_s=60, now=lambda: now)
 
@@ -428,13 +421,13 @@ def always_final(salt: bytes, inside: bytes) -> OpenedChunk:
 
 
 def no_request(self: Key, request: Request, salt: bytes) -> Fernet:
-    return crypto._fernet(crypto._hkdf(self._secret, self.id, salt))
+    return fernets.fernet(fernets.hkdf(self._secret, self.id, salt))
 
 
 def no_id(self: Key, request: Request, salt: bytes) -> Fernet:
     info = "sealed-vllm/1 response " + self.id
     secret = base64.urlsafe_b64decode(request.response_secret + "=")
-    return crypto._fernet(crypto._hkdf(secret, info, salt))
+    return fernets.fernet(fernets.hkdf(secret, info, salt))
 
 
 def no_client(self: Key, request: Request, salt: bytes) -> Fernet:
@@ -473,7 +466,7 @@ def any_time(*args: Any) -> Any:
     return REAL_OPEN_SIMPLE(keys, text, max_ttl_s, skew_s, at)
 
 
-REAL_OPEN_SIMPLE = crypto._open_simple
+REAL_OPEN_SIMPLE = simple_form._open_simple
 
 
 def any_form(*_args: Any) -> Any:
@@ -489,8 +482,8 @@ WEAKENED: dict[str, tuple[Any, ...]] = {
     ),
     "HMAC of requests ignored": ("request_bits", Fernet, "_verify_signature", nothing),
     "HMAC of chunks ignored": ("chunk_bits", Fernet, "_verify_signature", nothing),
-    "any base64 taken": ("one_spelling", crypto, "_is_canonical", lenient),
-    "any timestamp taken": ("no_clock", crypto, "_TIME_ZERO", "gA"),
+    "any base64 taken": ("one_spelling", crypto, "is_canonical", lenient),
+    "any timestamp taken": ("no_clock", crypto, "TIME_ZERO", "gA"),
     "padding not looked at": ("padding_is_zero", crypto, "unpad_request", unchecked_padding),
     "no response secret": ("answer_is_bound_to_request", Key, "response_fernet", no_request),
     "no request id": ("answer_is_bound_to_request", Key, "response_fernet", no_id),
@@ -508,7 +501,7 @@ WEAKENED: dict[str, tuple[Any, ...]] = {
     "abandoned ones remembered": ("retry", ReplayGuard, "abandon", finish_by_abandoning),
     "forgotten without a date": ("clock_set_back", ReplayGuard, "_forget", forget_without_date),
     "never forgotten": ("memory_is_bounded", ReplayGuard, "_forget", nothing),
-    "any age taken": ("simple_time", crypto, "_open_simple", any_time),
+    "any age taken": ("simple_time", simple_form, "_open_simple", any_time),
 }
 
 
@@ -704,14 +697,14 @@ def test_a_chunk_larger_than_allowed_is_refused_though_authentic() -> None:
     salt = bytes(16)
     inside = crypto._CHUNK_HEADER.pack(0, 0, 600_000).ljust(2**20, b"\0")
     ciphertext = KEY.response_fernet(request, salt).encrypt_at_time(inside, 0).decode()
-    tampered(lambda: AnswerOpener(request, KEY).open(f"1.{crypto.b64(salt)}.{ciphertext}"))
+    tampered(lambda: AnswerOpener(request, KEY).open(f"1.{b64(salt)}.{ciphertext}"))
 
 
 def test_foreign_salts_do_not_fill_the_clients_memory() -> None:
     client = AnswerOpener(request_of(), KEY)
     [chunk] = AnswerSealer(request_of(), KEY).seal(b"")
     for _ in range(50):
-        foreign = f"1.{crypto.b64(os.urandom(16))}.{chunk.rpartition('.')[2]}"
+        foreign = f"1.{b64(os.urandom(16))}.{chunk.rpartition('.')[2]}"
         tampered(client.open, foreign)
     assert not client._attempts
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import delivery
-from crypto import AnswerOpener, AnswerSealer, Key, OpenedChunk, new_request
+from crypto import AnswerOpener, AnswerSealer, OpenedChunk, new_request
 from delivery import Delivery
 from errors import (
     AnswerError,
@@ -21,6 +21,7 @@ from errors import (
     TruncatedAnswer,
 )
 from frames import AnswerEvent, Body, End, Event, FrameEncoder, Head, Note, Sse, Text, merge
+from keys import Key
 
 KEY = Key(bytes(range(32)))
 REQUEST = new_request("generate", b"{}", audience="e", ttl_s=60)

@@ -15,13 +15,13 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from client_config import ClientSettings
-from crypto import generate_key
 from errors import ConfigError, NoWorker
 from gateway import warning
 from gateway_config import GatewaySettings
 from gateway_errors import error_body
 from gateway_guard import Guard
 from gateway_relay import route_of
+from keys import generate_key
 from local_runpod_queue import Status
 from protocol import ROUTES
 from tests.echo import Echo

@@ -22,8 +22,9 @@ import pytest
 import log_guard
 import rp_handler
 from config import Settings
-from crypto import AnswerOpener, KeyRing, generate_key, new_request, seal_request
+from crypto import AnswerOpener, new_request, seal_request
 from frames import AnswerEvent, End, FrameDecoder, Head, Text
+from keys import KeyRing, generate_key
 from local_runpod import LocalRunpod
 from tests.wait import until
 from tests.workers import ROOT, SERVED, Caller, RunningWorker

@@ -6,18 +6,13 @@ from typing import Any
 
 import pytest
 
-from crypto import (
-    AnswerOpener,
-    Key,
-    KeyRing,
-    generate_key,
-    new_request,
-    open_simple_answer,
-)
+from crypto import AnswerOpener, new_request
 from errors import Rejected, RequestError
 from frames import AnswerEvent, Body, End, Event, FrameDecoder, Head, Note, Sse, Text
+from keys import Key, KeyRing, generate_key
 from protocol import Request, parse_job_input
 from replies import PlaintextReply, SealedReply, SimpleReply, rejection
+from simple_form import open_simple_answer
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 ERROR = {"message": "no", "type": "T", "param": None, "code": 400, "status": 400}

@@ -17,7 +17,6 @@ import pytest
 import transport
 from client import Answer, AsyncClient, Client, Progress
 from client_config import ClientSettings
-from crypto import generate_key
 from errors import (
     ConfigError,
     EndpointNotFound,
@@ -36,6 +35,7 @@ from errors import (
     WrongApiKey,
 )
 from gateway_reply import HEAD_WAIT_S
+from keys import generate_key
 from local_runpod_queue import Status
 from tests.echo import Echo
 from tests.gateways import RunningGateway

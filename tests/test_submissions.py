@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from client import Answer, AsyncClient, Client, Progress, Response, SubmittedJob
-from crypto import generate_key
 from errors import (
     EndpointNotFound,
     JobCancelled,
@@ -31,6 +30,7 @@ from errors import (
     Unreachable,
     WrongApiKey,
 )
+from keys import generate_key
 from local_runpod_queue import Status
 from tests.cli import Done, run, run_apart, start
 from tests.echo import Echo

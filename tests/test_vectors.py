@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import crypto
+import simple_form
 from delivery import Delivery
 from errors import (
     AnswerError,
@@ -35,6 +36,7 @@ from errors import (
     TruncatedAnswer,
 )
 from frames import Body, End, Event, FrameEncoder, Head, Sse, Text
+from keys import Key, KeyRing, generate_key
 from protocol import Request, parse_generate
 from tools import make_vectors
 
@@ -466,7 +468,7 @@ def test_keys_derive(case: Case) -> None:
     derived = response_key(case["key"], case["request_id"], case["response_secret"], salt)
     assert derived.decode() == case["response_key"]
 
-    key = crypto.Key.parse(case["key"])
+    key = Key.parse(case["key"])
     assert key.id == case["kid"]
     opened = Fernet(case["request_key"]).decrypt(key.request_fernet.encrypt(b"x"))
     assert opened == b"x"
@@ -477,7 +479,7 @@ def test_keys_derive(case: Case) -> None:
 @cases("keys", "refuse")
 def test_keys_refuse(case: Case) -> None:
     with pytest.raises(ConfigError) as caught:
-        crypto.Key.parse(case["key"])
+        Key.parse(case["key"])
     words = {
         "length": ("44 characters", "empty"),
         "alphabet": ("characters other than",),
@@ -496,7 +498,7 @@ def request_with(case: Case) -> Request:
 
 def opener(case: Case) -> crypto.RequestOpener:
     return crypto.RequestOpener(
-        crypto.KeyRing.parse(",".join(case["keys"])),
+        KeyRing.parse(",".join(case["keys"])),
         case.get("audience", ""),
         max_ttl_s=case.get("max_ttl_s", 0),
         clock_skew_s=case.get("clock_skew_s", 0),
@@ -546,7 +548,7 @@ def test_requests_check(case: Case) -> None:
 @cases("answers", "produce")
 def test_answers_produce(case: Case) -> None:
     sealer = crypto.AnswerSealer(
-        request_with(case), crypto.Key.parse(case["key"]), salt=bytes.fromhex(case["salt"])
+        request_with(case), Key.parse(case["key"]), salt=bytes.fromhex(case["salt"])
     )
     left = [bytes.fromhex(iv) for iv in case["ivs"]]
     chunks: list[str] = []
@@ -567,7 +569,7 @@ def ids(case: Case) -> tuple[str, str, str]:
 
 def delivered(case: Case) -> list[list[Any]]:
     """Open an answer with the project's client; raises its errors."""
-    chunk_opener = crypto.AnswerOpener(request_with(case), crypto.Key.parse(case["key"]))
+    chunk_opener = crypto.AnswerOpener(request_with(case), Key.parse(case["key"]))
     delivery = Delivery(chunk_opener, streamed=True)
     events = [event for chunk in case["chunks"] for event in delivery.take([chunk])]
     if not delivery.ended:
@@ -611,7 +613,7 @@ def test_answers_refuse(case: Case) -> None:
         assert isinstance(caught.value, RequestError) and caught.value.code == "replayed"
     if case["reason"] not in sequence and case["name"] != "not skipped":
         assert isinstance(caught.value, TamperedChunk)
-        chunk_opener = crypto.AnswerOpener(request_with(case), crypto.Key.parse(case["key"]))
+        chunk_opener = crypto.AnswerOpener(request_with(case), Key.parse(case["key"]))
         with pytest.raises(TamperedChunk):
             chunk_opener.open(case["chunks"][0])
 
@@ -633,8 +635,8 @@ def test_simple_open(case: Case) -> None:
     limits = simple_limits(case)
     wanted = case["kid"], case["body"]
     assert open_simple(case["keys"], ciphertext, now, **limits) == wanted
-    ring = crypto.KeyRing.parse(",".join(case["keys"]))
-    opened = crypto.open_simple(ring, ciphertext, now=lambda: now, **limits)
+    ring = KeyRing.parse(",".join(case["keys"]))
+    opened = simple_form.open_simple(ring, ciphertext, now=lambda: now, **limits)
     assert opened.key.id == case["kid"]
     if case["body"] is None:
         with pytest.raises(RequestError):
@@ -649,9 +651,9 @@ def test_simple_reject(case: Case) -> None:
     limits = simple_limits(case)
     action = partial(open_simple, case["keys"], ciphertext, now, **limits)
     assert refusal(action) == case["reason"]
-    ring = crypto.KeyRing.parse(",".join(case["keys"]))
+    ring = KeyRing.parse(",".join(case["keys"]))
     with pytest.raises(Rejected):
-        crypto.open_simple(ring, ciphertext, now=lambda: now, **limits)
+        simple_form.open_simple(ring, ciphertext, now=lambda: now, **limits)
 
 
 @cases("simple", "answer")
@@ -659,8 +661,10 @@ def test_simple_answer(case: Case) -> None:
     opened = [Fernet(case["key"]).decrypt(chunk) for chunk in case["chunks"]]
     assert [json.loads(content) for content in opened] == case["objects"]
     assert {len(content) for content in opened} == {1024}
-    key = crypto.Key.parse(case["key"])
-    assert [crypto.open_simple_answer(key, chunk) for chunk in case["chunks"]] == case["objects"]
+    key = Key.parse(case["key"])
+    assert [simple_form.open_simple_answer(key, chunk) for chunk in case["chunks"]] == case[
+        "objects"
+    ]
 
 
 # The two clients against each other -------------------------------------------------------
@@ -682,14 +686,14 @@ answers = st.lists(
 def test_what_the_worker_seals_the_second_client_opens(
     groups: list[list[Any]], members: dict[str, str]
 ) -> None:
-    key = crypto.generate_key()
+    key = generate_key()
     body = json.dumps(members).encode()
     issued = crypto.new_request("/v1/x", body, audience="a", ttl_s=60)
-    request = open_request([key], crypto.seal_request(issued, crypto.Key.parse(key)))
+    request = open_request([key], crypto.seal_request(issued, Key.parse(key)))
     assert request["body"] == members
 
     encoder = FrameEncoder()
-    sealer = crypto.AnswerSealer(issued, crypto.Key.parse(key))
+    sealer = crypto.AnswerSealer(issued, Key.parse(key))
     events: list[Any] = [Head(200, "generate", "application/json")]
     end = End({"total_tokens": 3}, {"total_ms": 1.5})
     chunks = sealer.seal(encoder.encode(events))
@@ -718,7 +722,7 @@ def bodies_joined(frames: list[list[Any]]) -> list[list[Any]]:
 def test_what_the_second_client_seals_the_project_opens(
     members: dict[str, str], payload: bytes
 ) -> None:
-    key = crypto.generate_key()
+    key = generate_key()
     request = {
         "body": members,
         "route": "generate",
@@ -730,7 +734,7 @@ def test_what_the_second_client_seals_the_project_opens(
         "response_secret": base64.urlsafe_b64encode(os.urandom(32)).decode().rstrip("="),
     }
     sealed = seal_json(key, json.dumps(request, ensure_ascii=False), os.urandom(16))
-    opened = opener({"keys": [crypto.generate_key(), key]}).open(sealed)
+    opened = opener({"keys": [generate_key(), key]}).open(sealed)
     assert json.loads(opened.request.encode()) == request
 
     chunk = seal_chunk(key, request, os.urandom(16), 7, payload)

@@ -19,9 +19,10 @@ from cryptography.fernet import Fernet
 
 from client import AsyncClient, Client
 from client_config import ClientSettings
-from crypto import KeyRing, generate_key, new_request
+from crypto import new_request
 from errors import Rejected, TruncatedAnswer
 from frames import Text
+from keys import KeyRing, generate_key
 from local_runpod import LocalRunpod
 from local_runpod_queue import Job, Status
 from protocol import Request

@@ -1,7 +1,7 @@
 """The real worker as a process, and a bare client that sees every chunk as it travelled.
 
 `RunningWorker` is `python rp_handler.py` with the real SDK and the real engine. `Caller`
-speaks SPEC.md with crypto.py and frames.py alone and keeps what it received, which
+speaks SPEC.md with keys.py, crypto.py and frames.py alone and keeps what it received, which
 client.py rightly hides.
 """
 
@@ -20,8 +20,9 @@ from typing import Any, Self
 import httpx2
 import psutil
 
-from crypto import AnswerOpener, Key, KeyRing, OpenedChunk, generate_key, new_request, seal_request
+from crypto import AnswerOpener, OpenedChunk, new_request, seal_request
 from frames import AnswerEvent, Body, End, Event, FrameDecoder, Head, Sse, Text
+from keys import Key, KeyRing, generate_key
 from local_runpod import LocalRunpod
 from local_runpod_faults import Fault
 from protocol import Request

@@ -24,7 +24,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from client import AsyncClient
-from crypto import generate_key
+from keys import generate_key
 from local_runpod import LocalRunpod
 from tools import bench_gateway
 from tools.bench_round import FOLDER, HERE, OPTIONS, PROMPT, Round, say

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import readiness
 import readiness_report
 from client import Client
-from crypto import generate_key
+from keys import generate_key
 from local_runpod import LocalRunpod
 from tests.hub import Hub
 from tools.bench import machine

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import httpx2
 import msgspec
 
-from crypto import generate_key
+from keys import generate_key
 from local_runpod import LocalRunpod
 from tools.bench_round import FOLDER, HERE, OPTIONS, PROMPT, Round, say
 

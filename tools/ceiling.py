@@ -24,7 +24,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config
-from crypto import KeyRing, generate_key, new_request, seal_request
+from crypto import new_request, seal_request
+from keys import KeyRing, generate_key
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps for a while. "
 

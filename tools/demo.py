@@ -24,9 +24,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from crypto import AnswerOpener, KeyRing, RequestOpener
+from crypto import AnswerOpener, RequestOpener
 from frames import AnswerEvent, FrameDecoder
 from frames import Text as TextFrame
+from keys import KeyRing
 from local_runpod_http import Exchange
 from protocol import MAX_TTL_S
 from tools.demo_search import WINDOW, show_search

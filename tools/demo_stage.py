@@ -24,7 +24,7 @@ from rich.text import Text
 import client_config
 import config
 import gateway_config
-from crypto import generate_key
+from keys import generate_key
 from local_runpod import LocalRunpod
 from local_runpod_workers import Workers
 from tools import demo_model

@@ -48,6 +48,8 @@ GROUPS = {
         "engine_tasks",
         "engine_tracking",
         "chat",
+        "simple_form",
+        "replay_guard",
         "asgi",
         "utils",
         "model_commands",
@@ -72,7 +74,7 @@ GROUPS = {
         "machine_memory",
         "model_prefetch",
     ),
-    "Both sides": ("protocol", "frames", "crypto", "errors"),
+    "Both sides": ("protocol", "frames", "crypto", "keys", "fernets", "errors"),
     "The client": (
         "client",
         "calls",

@@ -21,9 +21,12 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from crypto import AnswerSealer, Key, SimpleSealer, b64, new_request, seal_request
+from crypto import AnswerSealer, new_request, seal_request
+from fernets import b64
 from frames import Body, End, Event, FrameEncoder, Head, Note, Sse, Text
+from keys import Key
 from protocol import Request, pad_request
+from simple_form import SimpleSealer
 
 NOW = 1_790_000_000
 AUDIENCE = "abc123endpoint"

@@ -18,8 +18,9 @@ from typing import Any
 
 from client import Client, Response
 from client_config import ClientSettings
-from crypto import KeyRing, RequestOpener
+from crypto import RequestOpener
 from errors import RequestError
+from keys import KeyRing
 from local_runpod import LocalRunpod
 from local_runpod_queue import Job
 from protocol import MAX_TTL_S

@@ -1,0 +1,183 @@
+"""The pre-shared keys, and what is derived from them (SPEC.md section 2).
+
+Owns the form that keys have in settings, key ids, and which key is for what. Knows nothing
+of what is sealed under them (crypto.py, simple_form.py) or of the environment.
+"""
+
+import base64
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from cryptography.fernet import Fernet
+
+from errors import ConfigError
+from fernets import fernet, hkdf, is_canonical, unb64
+from protocol import RESPONSE_SECRET_BYTES
+
+KEY_BYTES = 32
+
+_LABEL = "sealed-vllm/1 "
+_MAX_NAME_CHARS = 32
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{_MAX_NAME_CHARS - 1}}}")
+
+
+def generate_key() -> str:
+    """Return a new Fernet key from the system's random source."""
+    return Fernet.generate_key().decode()
+
+
+class Asked(Protocol):
+    """The part of a request that its answer is sealed under."""
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+
+    @property
+    def response_secret(self) -> str:
+        """The request's response secret, as it travels."""
+
+
+class KeyId:
+    """The id of a key, which is all of the key that its answers are opened with."""
+
+    __slots__ = ("id",)
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+
+    def response_fernet(self, request: Asked, salt: bytes) -> Fernet:
+        """Return the Fernet of one attempt's response key (SPEC section 2)."""
+        secret = unb64(request.response_secret, RESPONSE_SECRET_BYTES)
+        info = f"{_LABEL}response {self.id} {request.request_id}"
+        return fernet(hkdf(secret, info, salt))
+
+
+class Key(KeyId):
+    """One pre-shared key and what SPEC section 2 derives from it."""
+
+    __slots__ = ("_request", "_secret", "_simple", "name")
+
+    def __init__(self, secret: bytes, name: str | None = None) -> None:
+        if len(secret) != KEY_BYTES:
+            raise ValueError(f"a key has {KEY_BYTES} bytes")
+        self._secret = secret
+        self.name = name
+        super().__init__(hkdf(secret, _LABEL + "key-id")[:8].hex())
+        self._request = fernet(hkdf(secret, f"{_LABEL}request {self.id}"))
+        self._simple = fernet(secret)
+
+    @classmethod
+    def parse(cls, text: str, name: str | None = None) -> "Key":
+        """Read a Fernet key; ConfigError that says what is wrong and never quotes it."""
+        try:
+            return cls(_key_bytes(text), name)
+        except ValueError as error:
+            fault = f"the encryption key {error}"
+        raise ConfigError([fault])
+
+    @property
+    def request_fernet(self) -> Fernet:
+        """The Fernet of the request key."""
+        return self._request
+
+    @property
+    def simple_fernet(self) -> Fernet:
+        """The Fernet of the key itself, for the simple form only (SPEC section 9)."""
+        return self._simple
+
+    def local_secret(self, use: str) -> bytes:
+        """Return 32 bytes for a `use` of the worker's own, none of which travels (section 2)."""
+        return hkdf(self._secret, f"{_LABEL}local {use}")
+
+    def __repr__(self) -> str:
+        return f"Key(id={self.id!r}, name={self.name!r})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("keys are not pickled")
+
+
+def _key_bytes(text: str) -> bytes:
+    """Decode a Fernet key; ValueError finishing the sentence "the key …"."""
+    text = text.strip()
+    hint = "make one with `python client.py keygen`"
+    if not text:
+        raise ValueError(f"is empty; {hint}")
+    if not text.isascii() or text.strip("=").strip(_ALPHABET):
+        raise ValueError(f"has characters other than A-Z a-z 0-9 - _ (and = at its end); {hint}")
+    if len(text) != 44 or not text.endswith("=") or text.endswith("=="):
+        raise ValueError(
+            f"is not 44 characters of URL-safe base64 ending in one = (it has {len(text)}); {hint}"
+        )
+    if not is_canonical(text):
+        raise ValueError(f"is not canonical: its last character before = was altered; {hint}")
+    return base64.urlsafe_b64decode(text)
+
+
+_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+
+
+class KeyRing(Sequence[Key]):
+    """The keys of a worker, in the order of its settings."""
+
+    def __init__(self, keys: Sequence[Key]) -> None:
+        if not keys:
+            raise ValueError("a key ring holds at least one key")
+        self._keys = tuple(keys)
+        self._by_id = {key.id: key for key in keys}
+        if len(self._by_id) != len(self._keys):
+            raise ValueError("two keys are the same")
+
+    @classmethod
+    def parse(cls, text: str) -> "KeyRing":
+        """Read `key` or `name=key,name2=key2`; ConfigError naming every fault, quoting nothing."""
+        keys: list[Key] = []
+        faults: list[str] = []
+        by_id: dict[str, int] = {}
+        by_name: dict[str, int] = {}
+        entries = text.split(",")
+        for number, entry in enumerate(entries, 1):
+            which = "the encryption key" if len(entries) == 1 else f"encryption key {number}"
+            name, _, rest = entry.strip().partition("=")
+            # A key ends in `=` itself, so only what follows an `=` makes the part before it a name.
+            named = bool(rest.strip("="))
+            if named and not _NAME.fullmatch(name):
+                faults.append(
+                    f"{which} has a name that is not 1 to {_MAX_NAME_CHARS} of A-Z a-z 0-9 . _ -, "
+                    "or a comma between two keys is missing"
+                )
+            elif named and by_name.setdefault(name, number) != number:
+                faults.append(f"{which} has the same name as encryption key {by_name[name]}")
+            try:
+                key = Key(_key_bytes(rest if named else entry), name if named else None)
+            except ValueError as error:
+                faults.append(f"{which} {error}")
+                continue
+            if by_id.setdefault(key.id, number) != number:
+                faults.append(f"{which} is the same as encryption key {by_id[key.id]}")
+            keys.append(key)
+        if faults:
+            raise ConfigError(faults)
+        return cls(keys)
+
+    def get(self, kid: str) -> Key | None:
+        """Return the key of that id."""
+        return self._by_id.get(kid)
+
+    @property
+    def first(self) -> Key:
+        """The first key."""
+        return self._keys[0]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._keys)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._keys[index]
+
+    def __repr__(self) -> str:
+        return f"KeyRing({list(self._keys)!r})"
