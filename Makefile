@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup clients model demo demo-gateway test run lint bench bench-cold contract pins clean
+.PHONY: help setup clients model demo demo-gateway test run lint attack chaos bench bench-cold contract pins clean
 
 PYTHON ?=
 export PYTHON
@@ -43,6 +43,14 @@ lint: setup ## check style and types
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy $(wildcard *.py) examples tests tools
+
+attack: model ## try every promise of SECURITY.md as an attacker would, on the real engine
+	@$(PY) tools/tiny_models.py
+	@$(PY) tools/assurance.py attack $(ARGS)
+
+chaos: model ## run hundreds of jobs while platform and machines fail (SOAK=1 adds 20 steady minutes)
+	@$(PY) tools/tiny_models.py
+	@$(PY) tools/assurance.py chaos $(ARGS)
 
 bench: model ## measure the worker and the gateway (ARGS=--plot draws a picture)
 	@$(PY) tools/bench.py $(ARGS)

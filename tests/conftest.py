@@ -5,6 +5,8 @@ import signal
 
 import pytest
 
+pytest_plugins = ["tests.claims"]
+
 # Many tests interrupt what they start. Where interrupts are ignored, as a shell has it in the
 # background, everything that is started would ignore them too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -1,4 +1,4 @@
-"""README.md and AGENTS.md: examples run, tables are the code's, links lead somewhere."""
+"""The pages for people: examples run, tables are the code's, links lead somewhere."""
 
 import json
 import os
@@ -18,7 +18,7 @@ import gateway_config
 import rp_handler
 from local_runpod import LocalRunpod
 from tests.workers import MODEL, ROOT, Caller, RunningWorker
-from tools import make_docs, tiny_models
+from tools import assurance, make_docs, tiny_models
 
 README = (ROOT / "README.md").read_text()
 AGENTS = (ROOT / "AGENTS.md").read_text()
@@ -164,14 +164,21 @@ def test_continuous_integration_runs_the_command_that_is_named() -> None:
     assert (ROOT / ".ci" / "run").read_text().endswith("\nexec make test\n")
 
 
-def test_made_parts_are_what_the_code_says() -> None:
-    assert make_docs.made(README) == README, "run: .venv/bin/python tools/make_docs.py"
+@pytest.mark.parametrize("page", make_docs.PAGES)
+def test_made_parts_are_what_the_code_says(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert make_docs.made(page, text) == text, "run: .venv/bin/python tools/make_docs.py"
+
+
+def test_what_was_tried_is_shown_as_it_was() -> None:
+    """Also what failed: the page is made from the results, by the runs alone."""
+    assert assurance.PAGE.read_text() == assurance.page(assurance.read(assurance.KEPT))
 
 
 def test_a_stale_part_is_noticed() -> None:
     stale = README.replace("| `CLOCK_SKEW_S` | ", "| `CLOCK_SKEW_S` | not ")
     assert stale != README
-    assert make_docs.made(stale) == README
+    assert make_docs.made("README.md", stale) == README
 
 
 def test_every_top_level_file_is_on_the_map(
@@ -196,7 +203,9 @@ def test_what_is_not_protected_is_on_the_first_screen() -> None:
     assert "attestation" in beginning
 
 
-@pytest.mark.parametrize("page", ["README.md", "AGENTS.md", "CHANGELOG.md", "SPEC.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "AGENTS.md", "CHANGELOG.md", "SECURITY.md", "SPEC.md"]
+)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)]+)\)", text):

@@ -1,4 +1,5 @@
-"""Writes the parts of README.md that are made from the code: settings, exit codes, help, files.
+"""Writes what is made from the code: settings, exit codes, help and files in README.md, the
+promises in SECURITY.md.
 
 A part stands between `<!-- made: NAME -->` and `<!-- end -->`. `--check` writes nothing and
 fails where a part is not what the code says.
@@ -19,10 +20,9 @@ import client_config
 import commands_parser
 import config
 import gateway_config
-from tools import gpu_table
+from tools import assurance, gpu_table
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 
 GROUPS = {
     "The worker": (
@@ -127,6 +127,7 @@ OTHERS = {
     "SPEC.md": "The wire protocol, complete: write a client in another language from it.",
     "vectors": "Examples of every rule of SPEC.md, to test such a client with.",
     "README.md": "This page.",
+    "SECURITY.md": "What is promised and what is not, how that is tried, how to report.",
     "AGENTS.md": "For whoever changes the code, human or tool: commands, imports, conventions.",
     "CHANGELOG.md": "What changed, by version.",
     "LICENSE": "Apache-2.0.",
@@ -264,7 +265,16 @@ def gpus() -> str:
     return table(gpu_table.heads(), gpu_table.rows())
 
 
-PARTS: dict[str, Callable[[], str]] = {
+def promises() -> str:
+    """Return the table of what the suites try, from the tests' own marks."""
+    rows = []
+    for id, claim in assurance.declared().items():
+        files = ", ".join(f"`{file}`" for file in claim.files)
+        rows.append((claim.statement, f"`{id}`", f"`make {claim.suite}`", files))
+    return table(("promise", "claim", "tried by", "in"), rows)
+
+
+README_PARTS: dict[str, Callable[[], str]] = {
     "worker-settings": worker_settings,
     "client-settings": client_settings,
     "gateway-settings": gateway_settings,
@@ -276,32 +286,38 @@ PARTS: dict[str, Callable[[], str]] = {
     "make-help": make_help,
     "files": files,
 }
+PAGES = {"README.md": README_PARTS, "SECURITY.md": {"promises": promises}}
 _PART = re.compile(r"(<!-- made: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def made(text: str) -> str:
-    """Return the page with its parts made anew; ValueError unless each is there once."""
+def made(page: str, text: str) -> str:
+    """Return the text of a page with its parts made anew; ValueError unless each is there once."""
+    parts = PAGES[page]
     found = [match[2] for match in _PART.finditer(text)]
-    if sorted(found) != sorted(PARTS):
-        raise ValueError(f"the page has the parts {found}, wanted are {list(PARTS)}")
-    return _PART.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[3]}", text)
+    if sorted(found) != sorted(parts):
+        raise ValueError(f"{page} has the parts {found}, wanted are {list(parts)}")
+    return _PART.sub(lambda match: f"{match[1]}{parts[match[2]]()}\n{match[3]}", text)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write README.md, or with `--check` compare it; return the exit code."""
-    parser = argparse.ArgumentParser(prog="make_docs.py", description="Make README.md's parts.")
+    """Write the pages, or with `--check` compare them; return the exit code."""
+    parser = argparse.ArgumentParser(prog="make_docs.py", description="Make the pages' parts.")
     parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
     check = parser.parse_args(argv).check
-    old = README.read_text()
-    new = made(old)
-    if old == new:
-        return 0
-    if check:
-        print("README.md is not what the code says; run: .venv/bin/python tools/make_docs.py")
-        return 1
-    README.write_text(new)
-    print("README.md written anew")
-    return 0
+    stale = False
+    for name in PAGES:
+        path = ROOT / name
+        old = path.read_text()
+        new = made(name, old)
+        if old == new:
+            continue
+        stale = True
+        if check:
+            print(f"{name} is not what the code says; run: .venv/bin/python tools/make_docs.py")
+        else:
+            path.write_text(new)
+            print(f"{name} written anew")
+    return 1 if check and stale else 0
 
 
 if __name__ == "__main__":
