@@ -66,7 +66,7 @@ class Relay:
                 await reply.whole(await answer.response())
 
     async def _stream(self, answer: AsyncRawStream, reply: Reply) -> None:
-        head = await reply.alive(answer.head())
+        head = await reply.alive(answer.head(), lambda: answer.note)
         if head.kind != "sse":
             # An error, as nothing else answers a wish for a stream with a body.
             response = await answer.response()

@@ -27,7 +27,7 @@ HEAD_WAIT_S = 2.0
 sooner; for one that has to start, the stream begins and an error becomes an event of it."""
 
 EVENTS = "text/event-stream; charset=utf-8"
-_COMMENT = b": waiting for the worker\n\n"
+_WAITING = "waiting for the worker"
 
 T = TypeVar("T")
 
@@ -77,14 +77,18 @@ class Reply:
             }
         )
 
-    async def alive(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for `work`, and tell the client now and then that it is worth waiting."""
+    async def alive(self, work: Coroutine[Any, Any, T], note: Callable[[], str] = str) -> T:
+        """Wait for `work`, and tell the client now and then that it is worth waiting.
+
+        In a comment of the stream: the worker's own words where `note` has some.
+        """
         task = asyncio.ensure_future(work)
         patience_s = self._keepalive_s if self.started else HEAD_WAIT_S
         try:
             while not (await asyncio.wait({task}, timeout=patience_s))[0]:
                 await self.begin(200, EVENTS)
-                await self.send(_COMMENT)
+                words = " ".join((note() or _WAITING).split())  # a line break would end the comment
+                await self.send(f": {words}\n\n".encode())
                 patience_s = self._keepalive_s
         except asyncio.CancelledError:
             task.cancel()

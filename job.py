@@ -95,6 +95,11 @@ class Job(ABC):
         """Whether nothing more will come."""
         return self._over
 
+    @property
+    def note(self) -> str:
+        """The worker's last word on how the wait goes."""
+        return self._delivery.note
+
     async def submit(self) -> None:
         """Hand the job to the platform, once."""
         if self._submitted_s is not None or self._over:
@@ -205,8 +210,8 @@ class Job(ABC):
         self._reporter.end()
 
     async def _report(self) -> None:
-        note = self._delivery.note
-        await self._reporter.report(self._status, self.id, self._submitted_s or 0.0, note)
+        submitted_s = self._submitted_s or 0.0
+        await self._reporter.report(self._status, self.id, submitted_s, self.note)
 
 
 def verdict(status: str, view: dict[str, Any], endpoint_id: str, key_id: str) -> SealedError:

@@ -110,6 +110,11 @@ class _StreamBase(Generic[T, B]):
         """The id of the sealed request."""
         return self._pieces.job.request_id
 
+    @property
+    def note(self) -> str:
+        """The worker's last word on the wait, such as `loading model org/name`; mostly empty."""
+        return self._pieces.job.note
+
 
 class _SyncStream(_StreamBase[T, B]):
     """Iterates an answer; leaving the `with` block cancels what has not ended."""

@@ -107,6 +107,9 @@ async def answer(request: Request, job_id: str) -> AsyncIterator[Said]:
         missing = {"message": "no such route", "type": "NotFoundError", "code": 404}
         yield Body(json.dumps({"error": missing}).encode())
     elif body.get("stream"):
+        for word in body.get("notes", ()):
+            yield Note(word)
+        await hang_if_asked(body.get("before"), job_id)
         yield Head(200, "sse", "text/event-stream")
         for word in body["messages"][-1]["content"].split():
             chunk = {"choices": [{"index": 0, "delta": {"content": word + " "}}]}

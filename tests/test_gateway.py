@@ -238,6 +238,16 @@ class TestCold:
             until(lambda: "echo" in gateway.http.get("/v1/models").text, 20, "the models")
             assert gateway.http.get("/ready").json()["ready"] is True
 
+    def test_a_client_is_told_what_the_worker_says_of_the_wait(
+        self, gateway: RunningGateway
+    ) -> None:
+        body = chat(stream=True, notes=["loading model\norg/name"], before="hang")
+        with gateway.http.stream("POST", CHAT, json=body) as answer:
+            words = (line for line in answer.iter_lines() if line)
+            assert (
+                next(line for line in words if "waiting" not in line) == ": loading model org/name"
+            )
+
     def test_nobody_takes_the_job(self, tmp_path: Path) -> None:
         settings = {"CLIENT_WAIT_S": "0.5"}
         with (
