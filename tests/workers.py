@@ -29,6 +29,7 @@ from protocol import Request
 from tests.wait import until
 
 ROOT = Path(__file__).resolve().parent.parent
+WORKER = ROOT / "rp_handler.py"
 MODEL = ROOT / "models" / "tiny-llama"
 SERVED = "tiny"
 START_TIMEOUT_S = 300
@@ -63,7 +64,7 @@ class RunningWorker:
     """One worker process of a platform; `settings` are added to its environment.
 
     Its folder holds its working directory and its log, and with `private` also its
-    home, its temporary files and vLLM's cache.
+    home, its temporary files and vLLM's cache. A weakened one is another `program`.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class RunningWorker:
         *,
         key: str | None = None,
         private: bool = False,
+        program: Path = WORKER,
         **settings: str,
     ) -> None:
+        self.began_s = time.time()
         self.platform = platform
         self.name = name
         self.folder = folder / name
@@ -103,7 +106,7 @@ class RunningWorker:
                 env[variable] = str(self.folder / variable)
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "rp_handler.py")],
+                [sys.executable, str(program)],
                 env=env,
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
