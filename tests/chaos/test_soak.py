@@ -1,0 +1,117 @@
+"""Twenty minutes at steady load: `make chaos SOAK=1` (`SOAK_S` for another time).
+
+The platform goes on making its faults, for what leaks mostly leaks where something went wrong;
+the workers are left alone, since one that has ended leaks no more.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.chaos import meter, storm
+from tests.chaos.ledger import Ledger
+from tests.chaos.meter import trend
+from tests.chaos.run import Run
+from tests.chaos.stages import REAL, SEED
+from tests.claims import Trials
+
+SOAK_S = float(os.environ.get("SOAK_S", "1200"))
+SAMPLES = 240
+CONCURRENCY = 8
+MEMORY = 0.02
+PER_JOB = 0.01
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(not os.environ.get("SOAK"), reason="takes 20 minutes: make chaos SOAK=1"),
+]
+
+
+@dataclass
+class Soak:
+    """What was measured, at equal distances in time, of both workers together."""
+
+    ledger: Ledger
+    memory: list[float] = field(default_factory=list)
+    files: list[float] = field(default_factory=list)
+    tasks: list[float] = field(default_factory=list)
+
+    def sample(self, run: Run) -> None:
+        """Measure everything once."""
+        members = list(run.fleet.members.values())
+        processes = [process for m in members for process in m.worker.processes()]
+        self.memory.append(meter.memory_bytes(processes) / 2**20)
+        self.files.append(meter.files(processes))
+        self.tasks.append(
+            sum(meter.tasks(psutil.Process(m.worker.process.pid), m.probe) for m in members)
+        )
+
+
+@pytest.fixture(scope="module")
+def soak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Soak]:
+    """One soak, from which all claims are read."""
+    yield asyncio.run(steady(tmp_path_factory.mktemp("soak")))
+
+
+async def steady(folder: Path) -> Soak:
+    """Return what was measured in `SOAK_S`, after a tenth of it to warm up."""
+    async with REAL.open(folder) as run:
+        run.concurrency = CONCURRENCY
+        storm.raise_storm(run.platform.faults, SEED)
+        soak = Soak(run.ledger)
+        async with run.load(cancels_every_s=2):
+            await asyncio.sleep(SOAK_S / 10)
+            began_s, first = time.monotonic(), run.finished
+            for number in range(1, SAMPLES + 1):
+                await asyncio.sleep(began_s + number * SOAK_S / SAMPLES - time.monotonic())
+                await asyncio.to_thread(soak.sample, run)
+            print(f"  {run.finished - first} jobs in {time.monotonic() - began_s:.0f} s")
+        assert not run.fleet.ended, run.fleet.ended
+        print(f"  {run.ledger.summary()}")
+        return soak
+
+
+@pytest.mark.claim("soak.answers", "At steady load no job ends otherwise.")
+def test_no_answer_is_wrong(soak: Soak, claim: Trials) -> None:
+    claim.trials(len(soak.ledger.outcomes), len(soak.ledger.bad))
+    claim.detail(f"{SOAK_S / 60:g} min; {soak.ledger.summary()}")
+    assert not soak.ledger.bad, soak.ledger.complaints()
+
+
+@pytest.mark.claim(
+    "soak.memory",
+    "At steady load memory does not grow: growth of 2 % is excluded with 95 % confidence.",
+)
+def test_memory_does_not_grow(soak: Soak, claim: Trials) -> None:
+    found = trend(soak.memory)
+    claim.trials(len(soak.memory), 0 if found.excludes(MEMORY * found.level) else 1)
+    claim.detail(f"MiB of two workers over {SOAK_S / 60:g} min: {found}")
+
+
+@pytest.mark.claim(
+    "soak.files",
+    "At steady load file descriptors do not grow: one in 100 jobs is excluded with 95 % "
+    "confidence.",
+)
+def test_files_do_not_grow(soak: Soak, claim: Trials) -> None:
+    found = trend(soak.files)
+    enough = found.excludes(PER_JOB * len(soak.ledger.outcomes))
+    claim.trials(len(soak.files), 0 if enough else 1)
+    claim.detail(f"of two workers over {SOAK_S / 60:g} min: {found}")
+
+
+@pytest.mark.claim(
+    "soak.tasks",
+    "At steady load asyncio tasks do not grow: one in 100 jobs is excluded with 95 % confidence.",
+)
+def test_tasks_do_not_grow(soak: Soak, claim: Trials) -> None:
+    found = trend(soak.tasks)
+    enough = found.excludes(PER_JOB * len(soak.ledger.outcomes))
+    claim.trials(len(soak.tasks), 0 if enough else 1)
+    claim.detail(f"of two workers over {SOAK_S / 60:g} min: {found}")
