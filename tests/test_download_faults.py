@@ -21,7 +21,7 @@ from tests.test_utils import MODEL, NEEDED, SHARD_2, safetensors
 from utils import Snapshot
 
 ALWAYS = 99
-PATIENCE = Patience(attempts=2, backoff_s=0.05, stall_s=2.5)
+PATIENCE = Patience(attempts=2, backoff_s=0.05, stall_s=8)
 
 LISTING = "/api/models/{name}/revision/*"
 TREE = "/api/models/{name}/tree/*"

@@ -249,7 +249,7 @@ class TestCold:
             )
 
     def test_nobody_takes_the_job(self, tmp_path: Path) -> None:
-        settings = {"CLIENT_WAIT_S": "0.5"}
+        settings = {"CLIENT_WAIT_S": "0.1"}
         with (
             Echo(tmp_path, workers=0) as echo,
             RunningGateway(echo.environ, tmp_path / "gateway", **settings) as gateway,
