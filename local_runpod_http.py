@@ -70,12 +70,16 @@ class Options:
 
 
 class Exchange(NamedTuple):
-    """One body that crossed the platform; `direction` is `client → platform` or another such."""
+    """One body that crossed the platform, and when by the monotonic clock.
+
+    `direction` is `client → platform` or another such.
+    """
 
     direction: str
     method: str
     path: str
     body: bytes
+    at_s: float
 
 
 class Record:
@@ -95,7 +99,7 @@ class Record:
         if query := "&".join(f"{k}={v}" for k, v in request.query.items() if k != "key"):
             path += f"?{query}"
         direction = f"platform → {party}" if sent else f"{party} → platform"
-        self.entries.append(Exchange(direction, request.method, path, body))
+        self.entries.append(Exchange(direction, request.method, path, body, time.monotonic()))
         self._bytes += len(path) + len(body)
         while self._bytes > self._max_bytes:
             oldest = self.entries.popleft()
