@@ -79,8 +79,8 @@ class Ledger:
     engine_died: bool = False
     clock_off_until_s: float = 0.0
     """Until when, on the monotonic clock, a worker's clock was off by more than it tolerates."""
-    asked: set[str] = field(default_factory=set)
-    """The ids of the jobs that the platform's operator cancelled."""
+    asked: dict[str, float] = field(default_factory=dict)
+    """The jobs that the platform's operator cancelled, by id, and when."""
 
     def said(self, job: Job, text: str) -> None:
         """Note an answer that was presented as good."""
@@ -111,6 +111,8 @@ class Ledger:
 
     def _verdict(self, job: Job, error: Exception) -> Verdict:
         asked = job.cancelled or job.id in self.asked
+        if not job.id:  # it ended before its caller was told its id
+            asked |= any(at_s > job.began_s for at_s in self.asked.values())
         clock_off = self.clock_off_until_s > job.began_s
         match error:
             case JobCancelled():

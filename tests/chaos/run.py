@@ -95,7 +95,7 @@ class Run:
             running = [job.id for job in self.platform.jobs.values() if not job.status.final]
             if running:
                 job_id = dice.choice(running)
-                self.ledger.asked.add(job_id)
+                self.ledger.asked[job_id] = time.monotonic()
                 with contextlib.suppress(Exception):
                     await self.callers.polled.cancel(job_id)
 

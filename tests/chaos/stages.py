@@ -22,7 +22,6 @@ from tests.chaos.fleet import Ended, Fleet
 from tests.chaos.ledger import Ledger
 from tests.chaos.questions import ask_all, echo_questions, engine_questions
 from tests.chaos.run import Run, Step, follow
-from tests.echo import ECHO_WORKER
 from tests.workers import ROOT, SERVED, RunningWorker
 
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
@@ -82,7 +81,7 @@ class Stage:
 
 
 REAL = Stage(True, ROOT / "rp_handler.py")
-ECHO = Stage(False, ECHO_WORKER)
+ECHO = Stage(False, Path(__file__).with_name("loop_echo.py"))
 
 
 @dataclass

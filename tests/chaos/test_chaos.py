@@ -1,7 +1,7 @@
 """The chaos suite: hundreds of jobs while the platform, the workers and the clocks fail.
 
 `make chaos` runs it on the real worker and engine; as part of `make test` it is short and on
-echo workers, which are the SDK, the sealing and the client without an engine.
+echo workers, which are the SDK, the job loop, the sealing and the client without an engine.
 """
 
 import asyncio
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.chaos.ledger import Verdict
-from tests.chaos.run import kill_worker, plan
-from tests.chaos.stages import ECHO, REAL, Report, storm_run
+from tests.chaos.run import Step, kill_worker, plan, roll_undrained
+from tests.chaos.stages import ECHO, REAL, SEED, Report, storm_run
 from tests.claims import Trials
 
 MEMORY = 0.05
@@ -25,7 +25,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
     if Trials.full:
         run = storm_run(REAL, folder, plan(40), apart=40, jobs=JOBS, calm=240)
     else:
-        run = storm_run(ECHO, folder, [("SIGKILL", kill_worker)], apart=20, jobs=60, calm=16)
+        steps: list[Step] = [("SIGKILL", kill_worker), ("SIGTERM", roll_undrained)]
+        run = storm_run(ECHO, folder, steps, apart=15, jobs=60, calm=16)
     yield asyncio.run(run)
 
 
@@ -36,7 +37,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
 )
 def test_no_answer_is_wrong(report: Report, claim: Trials) -> None:
     claim.trials(len(report.ledger.outcomes), len(report.ledger.bad))
-    claim.detail(report.ledger.summary())
+    claim.detail(f"seed {SEED}: {report.ledger.summary()}")
     assert not report.ledger.bad, report.ledger.complaints()
     # Errors for everything would be typed, too.
     exact, cancelled = (report.ledger.count(v) for v in (Verdict.EXACT, Verdict.CANCELLED))
@@ -67,10 +68,6 @@ def test_nothing_is_left_of_a_worker(report: Report, claim: Trials) -> None:
     assert not report.crashed, report.crashed
 
 
-full_only = pytest.mark.skipif(not Trials.full, reason="about the real worker: make chaos")
-
-
-@full_only
 @pytest.mark.claim(
     "chaos.sigterm", "On SIGTERM a worker finishes every job it was given, and ends with 0."
 )
@@ -79,6 +76,9 @@ def test_sigterm_loses_nothing(report: Report, claim: Trials) -> None:
         if ended.cause.startswith("SIGTERM"):
             claim.trial(ended.cause == "SIGTERM" and ended.code == 0 and not ended.jobs_left)
             claim.detail(f"{ended.name}: code {ended.code}, {ended.jobs_left} jobs left")
+
+
+full_only = pytest.mark.skipif(not Trials.full, reason="about the real worker: make chaos")
 
 
 @full_only

@@ -27,7 +27,6 @@ from tests.chaos.meter import trend
 from tests.chaos.run import Run
 from tests.chaos.stages import ECHO, REAL, Stage
 from tests.claims import Trials
-from tests.echo import ECHO_WORKER
 from tests.workers import ROOT
 
 WEAK = Path(__file__).with_name("weak_worker.py")
@@ -131,7 +130,7 @@ async def test_a_weakened_client_is_found_out(
 
 @oracle
 async def test_a_worker_that_forgets_is_found_out(tmp_path: Path, claim: Trials) -> None:
-    environment = {"WEAK_PROGRAM": str(ECHO_WORKER), "WEAKNESS": "forgets"}
+    environment = {"WEAK_PROGRAM": str(ECHO.program), "WEAKNESS": "forgets"}
     weak = await judged(tmp_path, lambda run: None, Stage(False, WEAK, environment))
     claim.trial(weak.count(Verdict.WRONG) > 0)
     claim.detail(f"forgets: {weak.count(Verdict.WRONG)} of {len(weak.outcomes)} jobs")
