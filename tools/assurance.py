@@ -83,7 +83,7 @@ def declared() -> dict[str, Declared]:
 
 def suite_of(path: Path) -> str:
     """Return the suite that a test's file belongs to."""
-    return "chaos" if "chaos" in path.parts else "attack"
+    return "chaos" if path.parent.name == "chaos" else "attack"
 
 
 def _marks(path: Path) -> Iterator[tuple[str, str]]:
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         code = subprocess.run(
             [
                 *(sys.executable, "-m", "pytest", "-m", "claim"),
-                *("--claims", str(results), "--durations=0", "--durations-min=30"),
+                *("--claims", str(results), "--show-capture=stdout"),
                 *more,
                 *sorted(files),
             ],
