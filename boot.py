@@ -25,6 +25,7 @@ from compile_cache import CompileCache, LocalFolder
 from config import Settings
 from engine_adapters import Family
 from errors import ConfigError
+from hpke import HpkeKeyRing
 from keys import KeyRing
 from model_needs import OPTION_NAMES
 from model_swap import Models
@@ -45,6 +46,7 @@ class Booted:
 
     settings: Settings
     keys: KeyRing
+    hpke_keys: HpkeKeyRing | None
     models: Models
     readiness: Readiness
     preparation: Preparation
@@ -79,7 +81,7 @@ def boot(environ: Mapping[str, str]) -> Booted:
         with readiness.phase("imports"):
             from engine import Engine  # noqa: F401 - the longest import; `load` finds it done
             from engine_options import EngineOptions
-        settings, keys = _checked(environ, EngineOptions())
+        settings, keys, hpke_keys = _checked(environ, EngineOptions())
         snapshots = preparation.snapshots()
         bases = _bases(engine_adapters.families(snapshots), settings)
         compile_cache = _hydrated(local, settings, keys, snapshots[0], readiness) if local else None
@@ -95,7 +97,11 @@ def boot(environ: Mapping[str, str]) -> Booted:
     }
     for key in keys:
         log.info("key %s%s", key.id, f" ({key.name})" if key.name else "")
-    return Booted(settings, keys, models, readiness, preparation, compile_cache)
+    for hpke_key in hpke_keys or ():
+        log.info("public key %s", hpke_key.public.id)
+    if hpke_keys and settings.allow_without_hpke:
+        log.warning("ALLOW_WITHOUT_HPKE: sealed requests without public-key mode are served too")
+    return Booted(settings, keys, hpke_keys, models, readiness, preparation, compile_cache)
 
 
 def load(family: Family, names: Sequence[str], settings: Settings) -> "Engine":
@@ -174,7 +180,9 @@ def _hydrated(
     return cache
 
 
-def _checked(environ: Mapping[str, str], options: "EngineOptions") -> tuple[Settings, KeyRing]:
+def _checked(
+    environ: Mapping[str, str], options: "EngineOptions"
+) -> tuple[Settings, KeyRing, HpkeKeyRing | None]:
     """Return the settings and the keys, or raise ConfigError with every fault of both."""
     settings, faults = config.read(environ, options.names())
     faults += options.faults(settings.engine_options, settings.models[:1])
@@ -183,6 +191,12 @@ def _checked(environ: Mapping[str, str], options: "EngineOptions") -> tuple[Sett
             keys = KeyRing.parse(settings.encryption_key)
         except ConfigError as error:
             faults += error.faults
+    hpke_keys = None
+    if settings.hpke_private_key:
+        try:
+            hpke_keys = HpkeKeyRing.parse(settings.hpke_private_key)
+        except ConfigError as error:
+            faults += error.faults
     if faults:
         raise ConfigError(faults)
-    return settings, keys
+    return settings, keys, hpke_keys

@@ -15,6 +15,7 @@ from client_config import ClientSettings
 from crypto import new_request
 from endpoint import Endpoint
 from errors import ConfigError, RequestError
+from hpke import Envelope, HpkePublicKey
 from job import Job, Limits
 from job_polled import PolledJob
 from job_records import TTL_S, JobRecords, SubmittedJob
@@ -51,6 +52,9 @@ class Calls:
         self._key = None
         if settings.encryption_key:
             self._key = KeyRing.parse(settings.encryption_key).first
+        self._worker_key = None
+        if settings.hpke_public_key:
+            self._worker_key = HpkePublicKey.parse(settings.hpke_public_key)
 
     def job(
         self,
@@ -75,18 +79,21 @@ class Calls:
             "ttl_s": settings.ttl_s,
         }
         limits = Limits(**{**defaults, **given})
+        envelope = Envelope(self._worker_key) if self._worker_key else None
         request = new_request(
             route,
             content,
             audience=settings.endpoint_id,
             ttl_s=limits.ttl_s or client_config.DEFAULT_TTL_S,
             method=method,
+            envelope=envelope,
         )
         kind = RouteJob if settings.transport == "openai" else PolledJob
         return kind(
             self.endpoint,
             request,
             self._key,
+            envelope,
             streamed=streamed,
             limits=limits,
             on_progress=on_progress,

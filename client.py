@@ -71,12 +71,14 @@ def _settings(
     endpoint_id: str | None,
     api_key: str | None,
     encryption_key: str | None,
+    hpke_public_key: str | None,
     api_base: str | None,
 ) -> ClientSettings:
     given = {
         "RUNPOD_ENDPOINT_ID": endpoint_id,
         "RUNPOD_API_KEY": api_key,
         "ENCRYPTION_KEY": encryption_key,
+        "HPKE_PUBLIC_KEY": hpke_public_key,
         "RUNPOD_API_BASE": api_base,
     }
     if settings is None:
@@ -112,10 +114,13 @@ class Client:
         endpoint_id: str | None = None,
         api_key: str | None = None,
         encryption_key: str | None = None,
+        hpke_public_key: str | None = None,
         api_base: str | None = None,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
-        settings = _settings(settings, endpoint_id, api_key, encryption_key, api_base)
+        settings = _settings(
+            settings, endpoint_id, api_key, encryption_key, hpke_public_key, api_base
+        )
         self._transport = BlockingTransport(settings.api_base, settings.api_key, transport)
         self._calls = Calls(settings, self._transport)
         self.endpoint = self._calls.endpoint
@@ -266,10 +271,13 @@ class AsyncClient:
         endpoint_id: str | None = None,
         api_key: str | None = None,
         encryption_key: str | None = None,
+        hpke_public_key: str | None = None,
         api_base: str | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
-        settings = _settings(settings, endpoint_id, api_key, encryption_key, api_base)
+        settings = _settings(
+            settings, endpoint_id, api_key, encryption_key, hpke_public_key, api_base
+        )
         self._transport = AsyncTransport(settings.api_base, settings.api_key, transport)
         self._calls = Calls(settings, self._transport)
         self.endpoint = self._calls.endpoint

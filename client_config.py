@@ -42,6 +42,12 @@ SETTINGS = (
     Setting("RUNPOD_API_KEY_FILE", "", "a file of mode 0600 that holds it"),
     Setting("ENCRYPTION_KEY", "", "the key shared with the worker; of several the first is used"),
     Setting("ENCRYPTION_KEY_FILE", "", "a file of mode 0600 that holds it"),
+    Setting(
+        "HPKE_PUBLIC_KEY",
+        "",
+        "the public half of the worker's `HPKE_PRIVATE_KEY`; with it no request travels without "
+        "public-key mode",
+    ),
     Setting("RUNPOD_API_BASE", DEFAULT_API_BASE, "the platform's address"),
     Setting(
         "CLIENT_TIMEOUT_S", "", "longest time for a whole answer; empty: the platform's limits"
@@ -85,6 +91,8 @@ class ClientSettings:
     transport: str = DEFAULT_TRANSPORT
     state_dir: Path = Path(DEFAULT_STATE_DIR)
     """Where the records of submitted jobs are kept; made when the first one is."""
+    hpke_public_key: str = ""
+    """The worker's public key, as hpke.HpkePublicKey reads it; empty: without public-key mode."""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], *, with_key: bool = True) -> Self:
@@ -111,6 +119,7 @@ class ClientSettings:
             ttl_s=reader.whole_seconds("CLIENT_TTL_S"),
             transport=reader.choice("CLIENT_TRANSPORT", TRANSPORTS),
             state_dir=reader.state_dir(),
+            hpke_public_key=reader.public_key(),
         )
 
 
@@ -197,6 +206,16 @@ class Reader:
             self.faults.append(f"{name} holds characters that no API key has")
             return ""
         return value
+
+    def public_key(self) -> str:
+        """Return the worker's public key; what looks like a slip must not switch it off."""
+        name = "HPKE_PUBLIC_KEY"
+        if name in self._environ and not self.text(name):
+            self.faults.append(f"{name} is empty; set it, or remove it to do without it")
+        for other in self._environ:
+            if other.startswith("HPKE") and other not in (name, "HPKE_PRIVATE_KEY"):
+                self.faults.append(f"{other} is no setting; is {name} meant?")
+        return self.text(name)
 
     def endpoint_id(self) -> str:
         """Return the endpoint's id."""

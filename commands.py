@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import commands_ask
 import commands_jobs
+import hpke
 from client import AsyncClient
 from commands_parser import (
     BROKEN_PIPE_CODE,
@@ -52,10 +53,23 @@ def _keygen() -> int:
     return 0
 
 
+def _keygen_hpke() -> int:
+    hpke.check_available()
+    key = hpke.HpkePrivateKey.generate()
+    print(f"HPKE_PRIVATE_KEY={key.text}\nHPKE_PUBLIC_KEY={key.public.text}")
+    print(
+        f"public key id {key.public.id}\n"
+        "Set the first line on the endpoint, and only there, the second for every client.\n"
+        "ENCRYPTION_KEY stays: it says who asks.",
+        file=sys.stderr,
+    )
+    return 0
+
+
 def _run(args: argparse.Namespace, parser: argparse.ArgumentParser, screen: Screen) -> int:
     match args.command:
         case "keygen":
-            return _keygen()
+            return _keygen_hpke() if args.hpke else _keygen()
         case "chat":
             return commands_ask.chat(args, screen)
         case "ask":

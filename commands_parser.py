@@ -167,7 +167,12 @@ def build_parser() -> argparse.ArgumentParser:
     serve = add("serve", "serve the OpenAI API on this machine, for other programs", connection)
     serve.add_argument("--host", help="the address to listen on (GATEWAY_HOST)")
     serve.add_argument("--port", help="the port to listen on (GATEWAY_PORT)")
-    commands.add_parser("keygen", help="make an encryption key", description="Make a key.")
+    keygen = commands.add_parser(
+        "keygen", help="make an encryption key", description="Make a key, or a pair of keys."
+    )
+    keygen.add_argument(
+        "--hpke", action="store_true", help="make a worker's key pair for public-key mode"
+    )
     check = add("doctor", "check keys, platform, worker and clock", connection)
     check.add_argument("--no-worker", action="store_true", help="do not start a worker (or pay)")
     add("health", "show the platform's counts of jobs and workers", _connection())

@@ -29,6 +29,8 @@ class Settings:
 
     models: tuple[str, ...] = ()
     encryption_key: str = field(default="", repr=False)
+    hpke_private_key: str = field(default="", repr=False)
+    allow_without_hpke: bool = False
     hf_token: str | None = field(default=None, repr=False)
     hf_home: Path = Path()
     hf_endpoint: str | None = None
@@ -142,6 +144,21 @@ SETTINGS = (
         _text,
         "required",
         "the key shared with your clients (`client.py keygen`); several as `name=key,name=key`",
+    ),
+    Setting(
+        "HPKE_PRIVATE_KEY",
+        "hpke_private_key",
+        _text,
+        "none",
+        "public-key mode beside it (`client.py keygen --hpke`); several, separated by commas, "
+        "while clients change over",
+    ),
+    Setting(
+        "ALLOW_WITHOUT_HPKE",
+        "allow_without_hpke",
+        _flag,
+        "false",
+        "with `HPKE_PRIVATE_KEY`, also serve sealed requests without public-key mode",
     ),
     Setting("HF_TOKEN", "hf_token", _text, "none", "for gated or private models"),
     Setting(
@@ -276,6 +293,9 @@ def read(
         faults.append(
             "ENCRYPTION_KEY is not set: make one with `client.py keygen`, the client needs the same"
         )
+    if "HPKE_PRIVATE_KEY" in environ and not environ["HPKE_PRIVATE_KEY"].strip():
+        # A secret that was not filled in must not switch public-key mode off.
+        faults.append("HPKE_PRIVATE_KEY is empty: set it, or remove it to do without it")
     if not settings.endpoint_id:
         faults.append("RUNPOD_ENDPOINT_ID is not set: RunPod and local_runpod.py set it")
     return settings, faults + misspelt(environ, options)
@@ -328,7 +348,7 @@ def misspelt(environ: Mapping[str, str], options: Iterable[str]) -> list[str]:
 def take_secrets(environ: MutableMapping[str, str]) -> dict[str, str]:
     """Return a copy of the environment and remove the secrets from it, for the sake of children."""
     copy = dict(environ)
-    for name in ("ENCRYPTION_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    for name in ("ENCRYPTION_KEY", "HPKE_PRIVATE_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if environ is os.environ:
             _erase(name)
         environ.pop(name, None)

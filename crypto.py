@@ -1,4 +1,4 @@
-"""The sealed form: requests and the chunks of their answers (SPEC.md sections 3 to 5 and 7).
+"""The sealed form: requests and the chunks of their answers (SPEC.md sections 3 to 5, 7 and 13).
 
 Owns both directions, sealing and opening, and for whom and when a request is. Knows nothing
 of what payloads mean (frames.py), of engines, of jobs or of the environment.
@@ -18,6 +18,15 @@ from cryptography.fernet import Fernet, InvalidToken
 
 from errors import OtherVersion, Rejected, RequestError, TamperedChunk
 from fernets import TIME_ZERO, b64, is_canonical, sealed_length, unb64
+from hpke import (
+    OVERHEAD_BYTES,
+    PUBLIC_BYTES,
+    SHARE_BYTES,
+    Envelope,
+    HpkeKeyRing,
+    HpkePrivateKey,
+    HpkePublicKey,
+)
 from keys import KEY_BYTES, Asked, Key, KeyId, KeyRing
 from protocol import (
     CELL_BYTES,
@@ -28,6 +37,7 @@ from protocol import (
     RESPONSE_SECRET_BYTES,
     SALT_BYTES,
     VERSION,
+    HpkeRequest,
     Request,
     pad,
     pad_request,
@@ -43,6 +53,11 @@ _FINAL = 1
 _MAX_CIPHERTEXT_CHARS = sealed_length(MAX_CHUNK_BYTES)
 _SALT_CHARS = len(b64(bytes(SALT_BYTES)))
 _CHUNK_PREFIX_CHARS = len(VERSION) + 1 + _SALT_CHARS + 1
+_SHARE_CHARS = len(b64(bytes(SHARE_BYTES)))
+
+# Stands where the key id of a request stands that travels without an envelope.
+_HPKE_PREFIX = f"{VERSION}.hpke."
+_HPKE_INFO = b"sealed-vllm/1 hpke-request"
 
 
 def new_request(
@@ -52,12 +67,14 @@ def new_request(
     audience: str,
     ttl_s: int,
     method: Literal["POST", "GET"] = "POST",
+    envelope: Envelope | None = None,
     now: Callable[[], float] = time.time,
     random: Callable[[int], bytes] = os.urandom,
 ) -> Request:
     """Return a request with a fresh id and response secret (SPEC section 3).
 
-    `body` is a JSON object or None. RequestError where a worker would reject the result.
+    `body` is a JSON object or None; with `envelope` it is one of public-key mode (section 13.1).
+    RequestError where a worker would reject the result.
     """
     issued_at = int(now())
     request = Request(
@@ -70,19 +87,29 @@ def new_request(
         method=method,
         body=msgspec.Raw(b"null" if body is None else body),
     )
+    if envelope is not None:
+        members = {name: getattr(request, name) for name in request.__struct_fields__}
+        request = HpkeRequest(**members, reply_key=b64(envelope.reply_key.public.raw))
     try:
         if body is not None:
             strict_json(body)
-        parse_request(request.encode())
+        parse_request(request.encode(), type(request))
     except ValueError as error:
         raise RequestError(f"the request cannot be sent: {error}") from None
     return request
 
 
-def seal_request(request: Request, key: Key) -> str:
-    """Return `1.kid.ciphertext` (SPEC section 3); RequestError (413) past the size limit."""
+def seal_request(request: Request, key: Key, envelope: Envelope | None = None) -> str:
+    """Return `1.kid.ciphertext` (SPEC section 3); RequestError (413) past the size limit.
+
+    A request of public-key mode is returned in its `envelope` (section 13.1), and never without.
+    """
+    if isinstance(request, HpkeRequest) != (envelope is not None):
+        raise ValueError("a request of public-key mode, and no other, travels in an envelope")
     content = request.encode()
     size = len(VERSION) + len(key.id) + 2 + sealed_length(padded_size(len(content) + 4))
+    if envelope:
+        size = len(_HPKE_PREFIX) + -(-(size + OVERHEAD_BYTES) * 4 // 3)
     if size > MAX_REQUEST_BYTES:
         raise RequestError(
             f"the request is too large: sealed it has {size} characters, "
@@ -91,7 +118,10 @@ def seal_request(request: Request, key: Key) -> str:
             code="too_large",
         )
     ciphertext = key.request_fernet.encrypt_at_time(pad_request(content), 0)
-    return f"{VERSION}.{key.id}.{ciphertext.decode()}"
+    sealed = f"{VERSION}.{key.id}.{ciphertext.decode()}"
+    if envelope:
+        return _HPKE_PREFIX + b64(envelope.worker_key.seal(sealed.encode(), _HPKE_INFO))
+    return sealed
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +147,14 @@ class RequestOpener:
         *,
         max_ttl_s: int,
         clock_skew_s: int = CLOCK_SKEW_S,
+        hpke_keys: HpkeKeyRing | None = None,
+        allow_without_hpke: bool = False,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._keys = keys
+        self._hpke_keys = hpke_keys
+        self.needs_hpke = hpke_keys is not None and not allow_without_hpke
+        """Whether what comes without an envelope is rejected."""
         self._audience = audience
         self._max_ttl_s = max_ttl_s
         self._clock_skew_s = clock_skew_s
@@ -141,6 +176,25 @@ class RequestOpener:
     def _open(self, sealed: Any) -> Opened | None:
         if not isinstance(sealed, str) or len(sealed) > MAX_REQUEST_BYTES:
             return None
+        if self._hpke_keys is None:
+            return self._open_bare(sealed, Request)
+        if not sealed.startswith(_HPKE_PREFIX) and not self.needs_hpke:
+            return self._open_bare(sealed, Request)
+        return self._open_bare(self._unwrap(sealed, self._hpke_keys), HpkeRequest)
+
+    def _unwrap(self, sealed: str, hpke_keys: HpkeKeyRing) -> str:
+        """Return what an envelope holds, or something as long that no key opens."""
+        try:
+            if not sealed.startswith(_HPKE_PREFIX):
+                raise ValueError("without an envelope")
+            content = unb64(sealed.removeprefix(_HPKE_PREFIX))
+        except ValueError:
+            content = None
+        size = len(sealed) * 3 // 4
+        inside = hpke_keys.open(content, _HPKE_INFO, decoy_bytes=size)
+        return "x" * max(0, size - OVERHEAD_BYTES) if inside is None else inside.decode("latin-1")
+
+    def _open_bare(self, sealed: str, kind: type[Request]) -> Opened | None:
         version, _, rest = sealed.partition(".")
         kid, _, ciphertext = rest.partition(".")
         key = self._keys.get(kid) if version == VERSION else None
@@ -151,8 +205,10 @@ class RequestOpener:
             ciphertext = TIME_ZERO + "A" * (len(sealed) // 4 * 4)
         try:
             inside = (key or self._decoy).request_fernet.decrypt(ciphertext)
-            request = parse_request(unpad_request(inside))
+            request = parse_request(unpad_request(inside), kind)
             unb64(request.response_secret, RESPONSE_SECRET_BYTES)
+            if isinstance(request, HpkeRequest):
+                _reply_key(request)
         except (InvalidToken, ValueError):
             return None
         return Opened(request, key) if key else None
@@ -194,14 +250,26 @@ class RequestOpener:
             )
 
 
+def _reply_key(request: HpkeRequest) -> HpkePublicKey:
+    """Return the key that the answer is sealed to; ValueError if it is none."""
+    return HpkePublicKey(unb64(request.reply_key, PUBLIC_BYTES))
+
+
 class AnswerSealer:
-    """Seals the payloads of one attempt into chunks (SPEC section 5)."""
+    """Seals the payloads of one attempt into chunks (SPEC section 5).
+
+    In public-key mode a share takes the place of the salt (section 13.2).
+    """
 
     def __init__(self, request: Request, key: Key, *, salt: bytes | None = None) -> None:
-        salt = os.urandom(SALT_BYTES) if salt is None else salt
-        if len(salt) != SALT_BYTES:
-            raise ValueError(f"a salt has {SALT_BYTES} bytes")
-        self._encrypt = key.response_fernet(request, salt).encrypt_at_time
+        reply_secret = None
+        if isinstance(request, HpkeRequest):
+            salt, reply_secret = _reply_key(request).share(request.request_id)
+        else:
+            salt = os.urandom(SALT_BYTES) if salt is None else salt
+            if len(salt) != SALT_BYTES:
+                raise ValueError(f"a salt has {SALT_BYTES} bytes")
+        self._encrypt = key.response_fernet(request, salt, reply_secret).encrypt_at_time
         self._prefix = f"{VERSION}.{b64(salt)}."
         self._seq = 0
         self._ended = False
@@ -237,7 +305,7 @@ CELL_PAYLOAD_BYTES = CELL_BYTES - _CHUNK_HEADER.size
 
 @dataclass(frozen=True, slots=True)
 class OpenedChunk:
-    """One authenticated chunk; `salt` names the attempt."""
+    """One authenticated chunk; `salt`, or what stands in its place, names the attempt."""
 
     salt: bytes
     seq: int
@@ -246,11 +314,17 @@ class OpenedChunk:
 
 
 class AnswerOpener:
-    """Opens the chunks that answer one request, in any order and of any attempt."""
+    """Opens the chunks that answer one request, in any order and of any attempt.
 
-    def __init__(self, request: Asked, key: KeyId) -> None:
+    With `reply_key`, which the answer to a request of public-key mode needs, no other opens.
+    """
+
+    def __init__(self, request: Asked, key: KeyId, reply_key: HpkePrivateKey | None = None) -> None:
         self._request = request
         self._key = key
+        self._reply_key = reply_key
+        more = _SHARE_CHARS - _SALT_CHARS if reply_key else 0
+        self._max_chars = _CHUNK_PREFIX_CHARS + more + _MAX_CIPHERTEXT_CHARS
         self._attempts: dict[str, tuple[bytes, Fernet]] = {}
 
     def open(self, chunk: str) -> OpenedChunk:
@@ -267,7 +341,7 @@ class AnswerOpener:
         return opened
 
     def _open(self, chunk: Any) -> OpenedChunk | None:
-        if not isinstance(chunk, str) or len(chunk) > _CHUNK_PREFIX_CHARS + _MAX_CIPHERTEXT_CHARS:
+        if not isinstance(chunk, str) or len(chunk) > self._max_chars:
             return None
         version, _, rest = chunk.partition(".")
         salt_text, _, ciphertext = rest.partition(".")
@@ -278,14 +352,21 @@ class AnswerOpener:
         try:
             attempt = self._attempts.get(salt_text)
             if attempt is None:
-                salt = unb64(salt_text, SALT_BYTES)
-                attempt = salt, self._key.response_fernet(self._request, salt)
+                attempt = self._attempt(salt_text)
             inside = attempt[1].decrypt(ciphertext)
         except (InvalidToken, ValueError):
             return None
         # Only salts that opened something are kept: strangers cannot fill the memory.
         self._attempts[salt_text] = attempt
         return _parse_chunk(attempt[0], inside)
+
+    def _attempt(self, salt_text: str) -> tuple[bytes, Fernet]:
+        if self._reply_key is None:
+            salt, reply_secret = unb64(salt_text, SALT_BYTES), None
+        else:
+            salt = unb64(salt_text, SHARE_BYTES)
+            reply_secret = self._reply_key.reply_secret(salt, self._request.request_id)
+        return salt, self._key.response_fernet(self._request, salt, reply_secret)
 
 
 def _parse_chunk(salt: bytes, inside: bytes) -> OpenedChunk | None:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from client import AsyncClient, ClientSettings, Progress, versions
 from errors import ConfigError, NoWorker, Rejected, RequestError, SealedError
+from hpke import HpkePublicKey
 from keys import KeyRing
 from protocol import CLOCK_SKEW_S, VERSION
 
@@ -67,7 +68,9 @@ async def examine(
     if settings is None:
         return patient.exit_code
     key_id = _key_id(patient, settings)
-    async with AsyncClient(settings if key_id else replace(settings, encryption_key="")) as client:
+    if not key_id:
+        settings = replace(settings, encryption_key="", hpke_public_key="")
+    async with AsyncClient(settings) as client:
         reachable = await _platform(patient, client, settings)
         if not wake:
             patient.skip("worker", "not asked, as told")
@@ -109,7 +112,21 @@ def _key_id(patient: _Patient, settings: ClientSettings) -> str:
         return ""
     named = f", named {key.name}" if key.name else ""
     patient.ok("encryption key", f"well-formed, key id {key.id}{named}")
-    return key.id
+    return key.id if _public_key(patient, settings) else ""
+
+
+def _public_key(patient: _Patient, settings: ClientSettings) -> bool:
+    if not settings.hpke_public_key:
+        return True
+    try:
+        worker_key = HpkePublicKey.parse(settings.hpke_public_key)
+    except ConfigError as error:
+        for fault in error.faults:
+            patient.fail("public key", fault)
+        patient.exit_code = error.exit_code
+        return False
+    patient.ok("public key", f"well-formed, id {worker_key.id}; nothing is sent without it")
+    return True
 
 
 async def _platform(patient: _Patient, client: AsyncClient, settings: ClientSettings) -> bool:

@@ -34,13 +34,13 @@ def b64(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def unb64(text: str, size: int) -> bytes:
-    """Decode `b64` of exactly `size` bytes; ValueError for any other spelling."""
+def unb64(text: str, size: int | None = None) -> bytes:
+    """Decode `b64`, of exactly `size` bytes if given; ValueError for any other spelling."""
     padded = text + "=" * (-len(text) % 4)
     if text.endswith("=") or not is_canonical(padded):
         raise ValueError("not canonical base64")
     data = base64.urlsafe_b64decode(padded)
-    if len(data) != size:
+    if size is not None and len(data) != size:
         raise ValueError("wrong length")
     return data
 

@@ -29,6 +29,7 @@ from errors import (
     TooLarge,
 )
 from frames import AnswerEvent
+from hpke import Envelope
 from keys import Key
 from progress import PROGRESS_S, Reporter
 from protocol import Request
@@ -67,6 +68,7 @@ class Job(ABC):
         endpoint: Endpoint,
         request: Request,
         key: Key,
+        envelope: Envelope | None = None,
         *,
         streamed: bool,
         limits: Limits,
@@ -76,14 +78,16 @@ class Job(ABC):
         self.request = request
         self.request_id = request.request_id
         self.key_id = key.id
+        self.envelope = envelope
         self._endpoint = endpoint
         self._limits = limits
         self._reporter = Reporter(endpoint, on_progress)
         try:
-            self._sealed = seal_request(request, key)
+            self._sealed = seal_request(request, key, envelope)
         except RequestError as error:
             raise TooLarge(str(error)) from None
-        self._delivery = Delivery(AnswerOpener(request, key), streamed=streamed)
+        opener = AnswerOpener(request, key, envelope.reply_key if envelope else None)
+        self._delivery = Delivery(opener, streamed=streamed)
         self._status = "IN_QUEUE"
         self._over = False
         self._submitted_s: float | None = None
@@ -231,7 +235,8 @@ def verdict(status: str, view: dict[str, Any], endpoint_id: str, key_id: str) ->
                 "\nThe worker has another encryption key than this client, or another version of "
                 "the protocol, or somebody says so. Check that the worker of endpoint "
                 f"{endpoint_id} has the key with the id {key_id} in its ENCRYPTION_KEY, that "
-                "RUNPOD_ENDPOINT_ID is the right endpoint, and that both sides are of the same "
+                "RUNPOD_ENDPOINT_ID is the right endpoint, that HPKE_PUBLIC_KEY here belongs to "
+                "its HPKE_PRIVATE_KEY (or neither is set), and that both sides are of the same "
                 "release."
             )
         case _:

@@ -46,6 +46,8 @@ class SubmittedJob:
     key_id: _KeyId
     request_id: _Hex
     response_secret: _Secret = field(repr=False)
+    reply_seed: _Secret | None = field(default=None, repr=False)
+    """What the answer's one-time key is made of, in public-key mode."""
     route: str
     issued_at: int
     expires_at: int
@@ -58,7 +60,7 @@ class SubmittedJob:
     def public(self) -> dict[str, Any]:
         """Return everything that may be shown."""
         shown = {**asdict(self), "gone_at": self.gone_at}
-        del shown["response_secret"]
+        del shown["response_secret"], shown["reply_seed"]
         return shown
 
 
@@ -73,6 +75,8 @@ class JobRecords:
         """Write the record of a job that is about to be submitted; on disk when this returns."""
         content = asdict(job)
         del content["id"]
+        if job.reply_seed is None:
+            del content["reply_seed"]
         try:
             self._make_folder()
             self.forget()

@@ -47,11 +47,16 @@ class KeyId:
     def __init__(self, id: str) -> None:
         self.id = id
 
-    def response_fernet(self, request: Asked, salt: bytes) -> Fernet:
-        """Return the Fernet of one attempt's response key (SPEC section 2)."""
+    def response_fernet(
+        self, request: Asked, salt: bytes, reply_secret: bytes | None = None
+    ) -> Fernet:
+        """Return the Fernet of one attempt's response key (SPEC sections 2 and 13.2)."""
         secret = unb64(request.response_secret, RESPONSE_SECRET_BYTES)
-        info = f"{_LABEL}response {self.id} {request.request_id}"
-        return fernet(hkdf(secret, info, salt))
+        use = "response"
+        if reply_secret is not None:
+            secret += reply_secret
+            use = "hpke-response"
+        return fernet(hkdf(secret, f"{_LABEL}{use} {self.id} {request.request_id}", salt))
 
 
 class Key(KeyId):

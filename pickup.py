@@ -13,8 +13,10 @@ from answers import Answer, AnswerBuilder, Progress, Response, ResponseBuilder
 from crypto import AnswerOpener
 from delivery import Delivery
 from endpoint import Endpoint
-from errors import NotOver
+from errors import NotOver, RecordError
+from fernets import unb64
 from frames import AnswerEvent
+from hpke import HpkePrivateKey, check_available
 from job import OVER, verdict
 from job_records import SubmittedJob
 from keys import KeyId
@@ -78,7 +80,8 @@ async def _wait(
 
 async def _events(endpoint: Endpoint, job: SubmittedJob, view: dict[str, Any]) -> list[AnswerEvent]:
     # Nothing is released before the end, so an attempt that was broken off does no harm.
-    delivery = Delivery(AnswerOpener(job, KeyId(job.key_id)), streamed=False)
+    opener = AnswerOpener(job, KeyId(job.key_id), _reply_key(job))
+    delivery = Delivery(opener, streamed=False)
     status = str(view.get("status"))
     events: list[AnswerEvent] = []
     if status == "COMPLETED":
@@ -92,3 +95,15 @@ async def _events(endpoint: Endpoint, job: SubmittedJob, view: dict[str, Any]) -
     if status == "COMPLETED":
         raise delivery.fault()
     raise verdict(status, view, endpoint.id, job.key_id)
+
+
+def _reply_key(job: SubmittedJob) -> HpkePrivateKey | None:
+    if job.reply_seed is None:
+        return None
+    check_available()
+    try:
+        return HpkePrivateKey(unb64(job.reply_seed))
+    except ValueError:
+        raise RecordError(
+            f"the record of job {job.id} is damaged; its answer stays closed"
+        ) from None

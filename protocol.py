@@ -9,7 +9,7 @@ import json
 import re
 import struct
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -128,6 +128,13 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Call(self.route, self.method, b"" if body == b"null" else body)
 
 
+class HpkeRequest(Request, frozen=True, forbid_unknown_fields=True):
+    """A request as it travels in public-key mode (SPEC section 13.1)."""
+
+    reply_key: str
+    """The public half of the key that the answer is sealed to, in b64."""
+
+
 class GenerateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The body of the `generate` route (SPEC section 8.1)."""
 
@@ -232,13 +239,16 @@ def _check_depth(value: Any) -> None:
     raise ValueError(f"JSON nested deeper than {MAX_DEPTH}")
 
 
-def parse_request(data: bytes) -> Request:
-    """Decode the JSON of a request; ValueError unless its members are SPEC section 3's.
+AnyRequest = TypeVar("AnyRequest", bound=Request)
 
-    `response_secret` is only checked to be text: crypto.py decodes it.
+
+def parse_request(data: bytes, kind: type[AnyRequest]) -> AnyRequest:
+    """Decode the JSON of a request; ValueError unless its members are those of its `kind`.
+
+    `response_secret` and `reply_key` are only checked to be text: crypto.py decodes them.
     """
     strict_json(data)
-    request = msgspec.json.decode(data, type=Request)
+    request = msgspec.json.decode(data, type=kind)
     request_id = request.request_id
     if len(request_id) != 2 * REQUEST_ID_BYTES or request_id.strip("0123456789abcdef"):
         raise ValueError("request_id is not 32 lower-case hex digits")

@@ -31,6 +31,7 @@ from config import Settings
 from crypto import CELL_PAYLOAD_BYTES, RequestOpener
 from errors import ConfigError, EngineDead, ModelError, Rejected, RequestError
 from frames import AnswerEvent, Body, End, Head
+from hpke import HpkeKeyRing
 from keys import KeyRing
 from model_swap import Models
 from pacing import paced, with_signs
@@ -83,7 +84,13 @@ class _Asked:
 class Handler:
     """Answers jobs; `handle` is what the SDK calls for each."""
 
-    def __init__(self, settings: Settings, keys: KeyRing, models: Models) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        keys: KeyRing,
+        models: Models,
+        hpke_keys: HpkeKeyRing | None = None,
+    ) -> None:
         self._settings = settings
         self._keys = keys
         self._models = models
@@ -92,6 +99,8 @@ class Handler:
             settings.endpoint_id,
             max_ttl_s=settings.max_ttl_s,
             clock_skew_s=settings.clock_skew_s,
+            hpke_keys=hpke_keys,
+            allow_without_hpke=settings.allow_without_hpke,
         )
         self._guard = ReplayGuard(clock_skew_s=settings.clock_skew_s)
         # Clients must not be able to guess another one's salt.
@@ -148,6 +157,9 @@ class Handler:
                     opened.request.expires_at,
                 )
             case SimpleInput(encrypted_input):
+                if self._opener.needs_hpke:
+                    self._opener.open(encrypted_input)  # for its work: a rejection costs the same
+                    raise Rejected
                 simple = open_simple(
                     self._keys,
                     encrypted_input,
@@ -324,7 +336,7 @@ def main() -> int:
 def serve(booted: Booted) -> int:
     """Take jobs by the SDK until SIGTERM (0) or until the engine has died (1)."""
     models, readiness = booted.models, booted.readiness
-    handler = Handler(booted.settings, booted.keys, models)
+    handler = Handler(booted.settings, booted.keys, models, booted.hpke_keys)
     began_at = time.time()
     import job_loop
 

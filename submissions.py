@@ -10,6 +10,7 @@ from dataclasses import replace
 from answers import Answer, Progress, Response
 from endpoint import Endpoint
 from errors import PlatformFault, RecordError, RequestError, SealedError, TamperedChunk, Unconfirmed
+from fernets import b64
 from job import Job
 from job_records import JobRecords, SubmittedJob
 from pickup import collect
@@ -32,6 +33,7 @@ class Submissions:
             key_id=job.key_id,
             request_id=request.request_id,
             response_secret=request.response_secret,
+            reply_seed=b64(job.envelope.reply_key.seed) if job.envelope else None,
             route=request.route,
             issued_at=request.issued_at,
             expires_at=request.expires_at,

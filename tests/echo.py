@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from client_config import ClientSettings
+from hpke import HpkePrivateKey
 from keys import generate_key
 from local_runpod import LocalRunpod
 from local_runpod_faults import Fault
@@ -22,9 +23,16 @@ class Echo:
     """A platform and its workers; `folder` is where the workers note what they did."""
 
     def __init__(
-        self, folder: Path, *, workers: int = 1, clock_s: float = 0, **options: Any
+        self,
+        folder: Path,
+        *,
+        workers: int = 1,
+        clock_s: float = 0,
+        hpke: bool = False,
+        **options: Any,
     ) -> None:
         self.key = generate_key()
+        self.hpke_key = HpkePrivateKey.generate() if hpke else None
         self.folder = folder
         self.platform = LocalRunpod(record_bytes=64_000_000, **options)
         self._workers = workers
@@ -52,6 +60,7 @@ class Echo:
             **os.environ,
             **self.platform.worker_env(name),
             "ECHO_KEYS": self.key,
+            "ECHO_HPKE": self.hpke_key.text if self.hpke_key else "",
             "ECHO_FOLDER": str(self.folder),
             "ECHO_CLOCK_S": str(self._clock_s),
             "RUNPOD_DEBUG_LEVEL": "ERROR",
@@ -70,6 +79,7 @@ class Echo:
             self.key,
             platform.base_url,
             state_dir=self.state,
+            hpke_public_key=self.hpke_key.public.text if self.hpke_key else "",
         )
 
     @property
@@ -87,6 +97,7 @@ class Echo:
             "RUNPOD_API_BASE": self.platform.base_url,
             "ENCRYPTION_KEY": self.key,
             "CLIENT_STATE_DIR": str(self.state),
+            **({"HPKE_PUBLIC_KEY": self.hpke_key.public.text} if self.hpke_key else {}),
         }
 
     @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """A worker on the real SDK that opens and seals as the real one, with an echo for an engine.
 
-Started as a process with the variables of LocalRunpod.worker_env, `ECHO_KEYS` and
-`ECHO_FOLDER`, where it notes what happens: `runs` has a line per attempt,
+Started as a process with the variables of LocalRunpod.worker_env, `ECHO_KEYS`,
+perhaps `ECHO_HPKE`, and `ECHO_FOLDER`, where it notes what happens: `runs` has a line per attempt,
 `hanging` and `cancelled` one per job that hangs or was cancelled. What it does
 beside echoing stands in `sampling_params.behaviour` of the sealed request.
 """
@@ -23,6 +23,7 @@ import log_guard
 from crypto import RequestOpener
 from errors import Rejected, RequestError
 from frames import AnswerEvent, Body, End, Event, Head, Note, Sse, Text
+from hpke import HpkeKeyRing
 from keys import KeyRing
 from pacing import with_signs
 from protocol import MAX_TTL_S, Request, SealedInput, parse_generate, parse_job_input
@@ -33,6 +34,7 @@ OPENER = RequestOpener(
     KeyRing.parse(os.environ["ECHO_KEYS"]),
     os.environ["RUNPOD_ENDPOINT_ID"],
     max_ttl_s=MAX_TTL_S,
+    hpke_keys=HpkeKeyRing.parse(hpke_keys) if (hpke_keys := os.environ.get("ECHO_HPKE")) else None,
     now=lambda: time.time() + float(os.environ.get("ECHO_CLOCK_S", "0")),
 )
 Said = AnswerEvent | str | dict[str, str] | None

@@ -49,6 +49,8 @@ def test_what_must_be_set_is_missed_all_at_once() -> None:
     [
         ("MODELS", "a/b, /models/c ,d/e@main", "models", ("a/b", "/models/c", "d/e@main")),
         ("ENCRYPTION_KEY", " text ", "encryption_key", "text"),
+        ("HPKE_PRIVATE_KEY", " a, b", "hpke_private_key", "a, b"),
+        ("ALLOW_WITHOUT_HPKE", "1", "allow_without_hpke", True),
         ("HF_TOKEN", "token", "hf_token", "token"),
         ("HF_HOME", "/data", "hf_home", Path("/data")),
         ("HF_ENDPOINT", "http://hub", "hf_endpoint", "http://hub"),
@@ -195,13 +197,14 @@ def test_models_are_kept_with_the_user_where_there_is_none() -> None:
 
 
 def test_secrets_are_in_no_repr() -> None:
-    settings, _ = read(HF_TOKEN="hf_secret")
+    settings, _ = read(HF_TOKEN="hf_secret", HPKE_PRIVATE_KEY="hpke_secret")
     assert ENOUGH["ENCRYPTION_KEY"] not in repr(settings)
-    assert "hf_secret" not in repr(settings)
+    assert "hf_secret" not in repr(settings) and "hpke_secret" not in repr(settings)
 
 
 def test_secrets_are_taken_out_of_an_environment() -> None:
-    environ = {"ENCRYPTION_KEY": "k", "HF_TOKEN": "t", "HUGGING_FACE_HUB_TOKEN": "u", "PATH": "p"}
+    secrets = ("ENCRYPTION_KEY", "HPKE_PRIVATE_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    environ = {**dict.fromkeys(secrets, "secret"), "PATH": "p"}
     before = dict(environ)
     assert config.take_secrets(environ) == before
     assert environ == {"PATH": "p"}

@@ -420,25 +420,25 @@ def always_final(salt: bytes, inside: bytes) -> OpenedChunk:
     return OpenedChunk(salt, seq, True, inside[9 : 9 + length])
 
 
-def no_request(self: Key, request: Request, salt: bytes) -> Fernet:
+def no_request(self: Key, request: Request, salt: bytes, *_: Any) -> Fernet:
     return fernets.fernet(fernets.hkdf(self._secret, self.id, salt))
 
 
-def no_id(self: Key, request: Request, salt: bytes) -> Fernet:
+def no_id(self: Key, request: Request, salt: bytes, *_: Any) -> Fernet:
     info = "sealed-vllm/1 response " + self.id
     secret = base64.urlsafe_b64decode(request.response_secret + "=")
     return fernets.fernet(fernets.hkdf(secret, info, salt))
 
 
-def no_client(self: Key, request: Request, salt: bytes) -> Fernet:
+def no_client(self: Key, request: Request, salt: bytes, *_: Any) -> Fernet:
     return REAL_RESPONSE(KEY, request, salt)
 
 
-def no_salt(self: Key, request: Request, salt: bytes) -> Fernet:
+def no_salt(self: Key, request: Request, salt: bytes, *_: Any) -> Fernet:
     return REAL_RESPONSE(self, request, bytes(16))
 
 
-def no_direction(self: Key, request: Request, salt: bytes) -> Fernet:
+def no_direction(self: Key, request: Request, salt: bytes, *_: Any) -> Fernet:
     return self.request_fernet
 
 

@@ -74,7 +74,7 @@ GROUPS = {
         "machine_memory",
         "model_prefetch",
     ),
-    "Both sides": ("protocol", "frames", "crypto", "keys", "fernets", "errors"),
+    "Both sides": ("protocol", "frames", "crypto", "keys", "hpke", "fernets", "errors"),
     "The client": (
         "client",
         "calls",
