@@ -9,7 +9,7 @@ import json
 import re
 import struct
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -239,10 +239,7 @@ def _check_depth(value: Any) -> None:
     raise ValueError(f"JSON nested deeper than {MAX_DEPTH}")
 
 
-AnyRequest = TypeVar("AnyRequest", bound=Request)
-
-
-def parse_request(data: bytes, kind: type[AnyRequest]) -> AnyRequest:
+def parse_request(data: bytes, kind: type[Request] = Request) -> Request:
     """Decode the JSON of a request; ValueError unless its members are those of its `kind`.
 
     `response_secret` and `reply_key` are only checked to be text: crypto.py decodes them.
