@@ -36,7 +36,14 @@ class AsgiCall:
     inside vLLM instead of piling up here.
     """
 
-    def __init__(self, app: App, method: str, path: str, body: bytes) -> None:
+    def __init__(
+        self,
+        app: App,
+        method: str,
+        path: str,
+        body: bytes,
+        content_type: str = "application/json",
+    ) -> None:
         self._app = app
         self._body: bytes | None = body
         self._gone = asyncio.Event()
@@ -53,7 +60,7 @@ class AsgiCall:
             "root_path": "",
             "headers": [
                 (b"host", b"worker"),
-                (b"content-type", b"application/json"),
+                (b"content-type", content_type.encode()),
                 (b"content-length", str(len(body)).encode()),
             ],
             "client": ("127.0.0.1", 0),

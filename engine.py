@@ -37,10 +37,11 @@ from asgi import AsgiCall
 from chat import CHAT_ROUTE, ChatReader, chat_call, unfinished
 from config import environment, prepare_engine_processes
 from engine_adapters import Adapter
+from engine_forms import FORM_ROUTES, form
 from engine_options import NOWHERE, serve_args
 from engine_render import render
 from engine_sampling import choice_details, parameter_of, prompt_logprobs, sampling_params
-from engine_tasks import Abilities, refusal, tasks_of
+from engine_tasks import Abilities, proof, refusal, tasks_of
 from engine_tracking import TrackedCall, TrackedLLM, cancelled, current_call
 from errors import ConfigError, EngineDead, RequestError
 from frames import AnswerEvent, Body, End, Event, Head, Sse, Text
@@ -133,7 +134,10 @@ class Run:
         if call.route == MODELS:
             yield _whole(200, await self._engine.models()), True
             return
-        self._asgi = AsgiCall(self._engine.app, method, call.route, call.body)
+        body, content_type = call.body, "application/json"
+        if call.route in FORM_ROUTES:
+            body, content_type = form(body)
+        self._asgi = AsgiCall(self._engine.app, method, call.route, body, content_type)
         start = await self._asgi.start()
         content_type = start.headers.get("content-type", "")
         sse = content_type.startswith("text/event-stream")
@@ -423,18 +427,16 @@ class Engine:
             raise ConfigError([f"the adapter {adapter.name} cannot be served: {reason}"])
 
     async def _prove(self, model: str) -> None:
-        if "generate" in self.tasks:
-            body: dict[str, Any] = {"prompt": "Hello", "sampling_params": {"max_tokens": 1}}
-            route = GENERATE
-        else:
-            body, route = {"input": "Hello"}, "/pooling"
+        route, body = proof(self.tasks)
         call = Call(route, "POST", json.dumps({**body, "model": model}).encode())
         run = self.run(call, "proof")
         try:
             async for batch in run.batches():
                 head = batch[0] if batch else None
                 if isinstance(head, Head) and head.status != 200:
-                    raise ConfigError([f"the engine answered as {model} with {head.status}"])
+                    told = b"".join(part.data for part in batch if isinstance(part, Body)).decode()
+                    fault = f"the engine answered as {model} with {head.status}: {told}"
+                    raise ConfigError([fault])
         except RequestError as error:
             raise ConfigError([f"the engine cannot answer as {model}: {error}"]) from error
         finally:

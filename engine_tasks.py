@@ -5,13 +5,14 @@ and that nothing is fetched that a request names. Reads bodies as far as that go
 rest to vLLM. Knows nothing of vLLM and of running requests.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 
+from engine_forms import silence
 from errors import RequestError
 from protocol import GENERATE, Call
 
@@ -29,13 +30,15 @@ _OF_ROUTES = {
     "/rerank": "score",
     "/classify": "classify",
     "/pooling": "pool",
+    "/v1/audio/transcriptions": "transcribe",
+    "/v1/audio/translations": "transcribe",
 }
 
 _OF_MODALITIES = {"image": "vision", "audio": "audio", "video": "video"}
 
 TASKS = (
     *("generate", "chat", "tools", "reasoning"),
-    *("embed", "score", "classify", "pool"),
+    *("embed", "score", "classify", "pool", "transcribe"),
     *("vision", "audio", "video"),
 )
 """Every word, in the order in which they are told."""
@@ -77,7 +80,8 @@ def tasks_of(
     `chat` tells whether it has a chat template: vLLM has the routes without it too.
     """
     found = {_OF_ROUTES[route] for route in routes if route in _OF_ROUTES}
-    found |= {_OF_MODALITIES[name] for name in modalities if name in _OF_MODALITIES}
+    if found != {"transcribe"}:  # what such a model hears stands in no message
+        found |= {_OF_MODALITIES[name] for name in modalities if name in _OF_MODALITIES}
     if not chat:
         found.discard("chat")
     elif "chat" in found:
@@ -186,6 +190,15 @@ class Abilities:
             "on the worker",
             param="messages",
         )
+
+
+def proof(tasks: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Return the route and the body of the least that shows that a model with these tasks works."""
+    if "generate" in tasks:
+        return GENERATE, {"prompt": "Hello", "sampling_params": {"max_tokens": 1}}
+    if "transcribe" in tasks:
+        return "/v1/audio/transcriptions", {"file": silence(), "max_completion_tokens": 1}
+    return "/pooling", {"input": "Hello"}
 
 
 def refusal(error: RequestError, route: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The routes of a worker: from an OpenAI client's request to a sealed job and back.
 
 Owns the paths that are passed on and what asks for a stream. Bodies pass as they
-came, in both directions; nothing of them is looked at but `stream`.
+came, in both directions, but for forms; nothing of them is looked at but `stream`.
 """
 
 from typing import Any
@@ -13,11 +13,17 @@ from starlette.types import Receive, Scope, Send
 from client import AsyncClient, AsyncRawStream
 from errors import RequestError
 from gateway_body import parsed
+from gateway_forms import json_of
 from gateway_guard import not_found
 from gateway_reply import Reply, Serving
 from protocol import ROUTES
 
-STREAMED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+STREAMED = frozenset(
+    {
+        *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
+        *("/v1/audio/transcriptions", "/v1/audio/translations"),
+    }
+)
 
 
 class _Asked(msgspec.Struct):
@@ -51,6 +57,8 @@ class Relay:
         await self._serving.serve(scope, receive, send, route=route, work=self._answer)
 
     async def _answer(self, request: Request, content: bytes, reply: Reply) -> None:
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            content = await json_of(request.headers, content)
         streams = _check(reply.route, request.method, content)
         posts = request.method == "POST"
         async with self._client.send(

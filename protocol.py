@@ -60,6 +60,8 @@ ROUTES = {
     "/rerank": "POST",
     "/classify": "POST",
     "/pooling": "POST",
+    "/v1/audio/transcriptions": "POST",
+    "/v1/audio/translations": "POST",
     "/tokenize": "POST",
     "/detokenize": "POST",
     "/version": "GET",

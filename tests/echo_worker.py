@@ -104,6 +104,9 @@ async def answer(request: Request, job_id: str) -> AsyncIterator[Said]:
     elif request.route == "/v1/models":
         yield Head(200, "body", "application/json")
         yield Body(json.dumps({"object": "list", "data": [{"id": "echo"}]}).encode())
+    elif request.route == "/v1/audio/transcriptions":
+        yield Head(200, "body", "application/json")
+        yield Body(json.dumps({"text": body}).encode())
     elif request.route != "/v1/chat/completions":
         yield Head(404, "body", "application/json")
         missing = {"message": "no such route", "type": "NotFoundError", "code": 404}

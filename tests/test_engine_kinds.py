@@ -1,9 +1,12 @@
-"""Models of other kinds on a real engine: one that ranks, one that sees."""
+"""Models of other kinds on a real engine: one that ranks, one that sees, one that hears."""
 
 import base64
 import io
+import math
 import socket
+import struct
 import threading
+import wave
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -169,3 +172,65 @@ async def test_what_it_does_not_take_is_refused(seer: Engine) -> None:
     answer = await ask(seer, CHAT, {"model": "tiny-vision", "messages": damaged})
     assert answer.status == 400
     assert (await generate(seer, messages=user("Still there?"), max_tokens=1)).end is not None
+
+
+# --- a model that hears -----------------------------------------------------------------------
+
+TRANSCRIBE = "/v1/audio/transcriptions"
+
+
+@pytest.fixture(scope="module")
+def built_hearer() -> Engine:
+    return made("tiny-whisper")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def hearer(built_hearer: Engine) -> AsyncIterator[Engine]:
+    async with started(built_hearer) as engine:
+        yield engine
+
+
+def tone(pitch_hz: float) -> str:
+    """Return a second of a tone as a data: URL."""
+    rate, file = 16_000, io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setnchannels(1)
+        writer.setsampwidth(2)
+        writer.setframerate(rate)
+        turns = (2 * math.pi * pitch_hz * n / rate for n in range(rate))
+        writer.writeframes(b"".join(struct.pack("<h", int(9000 * math.sin(x))) for x in turns))
+    return "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+async def test_what_it_hears_makes_the_transcript(hearer: Engine) -> None:
+    assert hearer.tasks == ("transcribe",)
+    texts = []
+    for pitch_hz in (300, 2000, 300):
+        body = {"model": "tiny-whisper", "file": tone(pitch_hz), "language": "en"}
+        answer = await ask(hearer, TRANSCRIBE, {**body, "max_completion_tokens": 8})
+        assert answer.status == 200, answer.body
+        texts.append(answer.json["text"])
+    assert texts[0] == texts[2] != texts[1]
+
+
+async def test_a_transcript_streams(hearer: Engine) -> None:
+    body = {"model": "tiny-whisper", "file": tone(300), "language": "en", "stream": True}
+    answer = await ask(hearer, TRANSCRIBE, {**body, "max_completion_tokens": 8})
+    assert answer.status == 200 and answer.head is not None and answer.head.kind == "sse"
+
+
+async def test_what_cannot_be_heard_is_refused_in_words(hearer: Engine) -> None:
+    for file, words in (
+        ("https://example.com/a.wav", "not a data: URL"),
+        ("data:audio/wav;base64,x", "not sound base64"),
+        (None, "not a data: URL"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            await ask(hearer, TRANSCRIBE, {"model": "tiny-whisper", "file": file})
+    with pytest.raises(RequestError, match="file is missing"):
+        await ask(hearer, TRANSCRIBE, {"model": "tiny-whisper"})
+    no_audio = "data:audio/wav;base64," + base64.b64encode(b"no audio").decode()
+    answer = await ask(hearer, TRANSCRIBE, {"model": "tiny-whisper", "file": no_audio})
+    assert answer.status == 400
+    with pytest.raises(RequestError, match="can transcribe"):
+        await generate(hearer, prompt="Hello")

@@ -1,5 +1,6 @@
 """The gateway as a process, against the local platform and echo workers on the real SDK."""
 
+import base64
 import contextlib
 import json
 import signal
@@ -210,6 +211,37 @@ class TestBadInput:
         answer = gateway.http.post(CHAT, json=chat(behaviour="hang"))
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "job_timed_out")
         assert answer.headers["x-should-retry"] == "false"
+
+
+class TestForms:
+    """What OpenAI's clients send as a form."""
+
+    ROUTE = "/v1/audio/transcriptions"
+
+    def test_a_recording_travels_as_json(self, gateway: RunningGateway) -> None:
+        audio = bytes(range(256)) * 8000  # more than a form's parser would keep in memory
+        form = {"model": "w", "stream": "false", "timestamp_granularities[]": ["word", "segment"]}
+        answer = gateway.http.post(
+            self.ROUTE, files={"file": ("a.wav", audio, "audio/wav")}, data=form
+        )
+        assert answer.status_code == 200
+        body = answer.json()["text"]
+        assert body.pop("file") == "data:audio/wav;base64," + base64.b64encode(audio).decode()
+        assert body == {**form, "stream": False}
+
+    def test_one_value_of_a_list_stays_a_list(self, gateway: RunningGateway) -> None:
+        answer = gateway.http.post(
+            self.ROUTE, files={"file": b"x"}, data={"timestamp_granularities[]": "word"}
+        )
+        assert answer.json()["text"]["timestamp_granularities[]"] == ["word"]
+
+    def test_a_damaged_form_is_refused(self, gateway: RunningGateway) -> None:
+        for kind in ("multipart/form-data", "multipart/form-data; boundary=b"):
+            answer = gateway.http.post(
+                self.ROUTE, content=b"no form", headers={"content-type": kind}
+            )
+            assert answer.status_code == 400
+            assert "the form is damaged" in answer.json()["error"]["message"]
 
 
 class TestCold:

@@ -191,12 +191,60 @@ def make_tiny_vision(path: Path) -> None:
     _save(path, build)
 
 
+SPEECH_S = 2
+"""How much of a recording tiny-whisper hears at a time, in seconds."""
+
+
+def make_tiny_whisper(path: Path) -> None:
+    """Make a Whisper of 2 + 2 layers that hears 2 s at a time and answers up to 128 tokens."""
+
+    def build(tokenizer: Any, transformers: Any) -> list[Any]:
+        import torch
+
+        end = "<|endoftext|>"
+        marks = ["startoftranscript", "en", "de", "translate", "transcribe", "notimestamps"]
+        marks += ["startoflm", "startofprev", "nospeech"]
+        hearing = transformers.WhisperTokenizerFast(
+            tokenizer_object=tokenizer.backend_tokenizer,
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), end),
+        )
+        hearing.add_special_tokens({"additional_special_tokens": [f"<|{mark}|>" for mark in marks]})
+        hearing.add_tokens([f"<|{n / 50:.2f}|>" for n in range(50 * SPEECH_S + 1)])
+        ends = dict.fromkeys(
+            ("bos_token_id", "eos_token_id", "pad_token_id"), hearing.convert_tokens_to_ids(end)
+        )
+        torch.manual_seed(0)
+        model = transformers.WhisperForConditionalGeneration(
+            transformers.WhisperConfig(
+                vocab_size=len(hearing),
+                d_model=64,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_ffn_dim=128,
+                decoder_ffn_dim=128,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                num_mel_bins=80,
+                max_source_positions=50 * SPEECH_S,
+                max_target_positions=128,
+                decoder_start_token_id=hearing.convert_tokens_to_ids("<|startoftranscript|>"),
+                init_std=0.5,  # as wide as this, it hears what is said
+                **ends,
+            )
+        ).to(torch.bfloat16)
+        features = transformers.WhisperFeatureExtractor(chunk_length=SPEECH_S)
+        return [transformers.WhisperProcessor(features, hearing), model]
+
+    _save(path, build)
+
+
 KINDS: dict[str, Callable[[Path], None]] = {
     "tiny-llama": make_tiny_llama,
     "tiny-talker": make_tiny_talker,
     "tiny-embed": make_tiny_embed,
     "tiny-rerank": make_tiny_rerank,
     "tiny-vision": make_tiny_vision,
+    "tiny-whisper": make_tiny_whisper,
 }
 
 if __name__ == "__main__":
