@@ -95,7 +95,7 @@ def trusting(patch: pytest.MonkeyPatch) -> None:
 def one_answer_key(patch: pytest.MonkeyPatch) -> None:
     """Answers of all requests under one key, however many clients there are."""
 
-    def response_fernet(self: KeyId, request: Any, salt: bytes) -> Fernet:
+    def response_fernet(self: KeyId, request: Any, salt: bytes, *_: Any) -> Fernet:
         return fernets.fernet(bytes(32))
 
     naive(patch)
