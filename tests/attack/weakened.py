@@ -121,7 +121,7 @@ def both_directions(patch: pytest.MonkeyPatch) -> None:
         return REAL_PARSE_CHUNK(salt, inside) or OpenedChunk(salt, 0, True, b"")
 
     naive(patch)
-    patch.setattr(Key, "response_fernet", lambda self, request, salt: self.request_fernet)
+    patch.setattr(Key, "response_fernet", lambda self, *_: self.request_fernet)
     patch.setattr(crypto, "unpad_request", find)
     patch.setattr(crypto, "_parse_chunk", any_chunk)
 
