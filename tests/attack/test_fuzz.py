@@ -114,7 +114,7 @@ async def fuzz_inside(world: World, seed: int, count: int, log: pytest.LogCaptur
 
 def opens(world: World, inside: bytes, answered: list[Any]) -> bool:
     try:
-        opener = AnswerOpener(parse_request(unpad_request(inside)), world.key)
+        opener = AnswerOpener(parse_request(unpad_request(inside), Request), world.key)
         return bool([opener.open(chunk) for chunk in answered])
     except (ValueError, TamperedChunk):
         return False

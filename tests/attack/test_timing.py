@@ -19,7 +19,7 @@ from tests.attack import weakened
 from tests.attack.hostile import REJECTION, World
 from tests.claims import Trials
 
-MAX_SHIFT = 0.05
+MAX_SHIFT = 0.1
 ROUGH_SHIFT = 0.3
 """Largest difference of medians, as a part of the time that a rejection takes; and over so few
 trials that it is known roughly."""
@@ -74,7 +74,7 @@ def told_apart(took_s: Mapping[str, list[float]]) -> tuple[float, float, str]:
 
 @pytest.mark.claim(
     "requests.time",
-    "The time that a rejection takes differs by less than 5 % from cause to cause.",
+    "The time that a rejection takes differs by less than a tenth from cause to cause.",
 )
 async def test_the_time_of_a_rejection(claim: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
@@ -86,7 +86,7 @@ async def test_the_time_of_a_rejection(claim: Trials, monkeypatch: pytest.Monkey
     limit = MAX_SHIFT if claim.full else ROUGH_SHIFT
     # A machine that does something else at times can spoil one run; a real difference stays.
     for _ in range(3):
-        took_s = await measured(world, inputs, claim.count(40, 500))
+        took_s = await measured(world, inputs, claim.count(40, 300))
         shift, right, which = told_apart(took_s)
         if shift < limit:
             break
