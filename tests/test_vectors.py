@@ -57,6 +57,12 @@ MEMBERS = {
     ("simple", "open"): "keys encrypted_input now max_ttl_s clock_skew_s kid body",
     ("simple", "reject"): "keys encrypted_input now max_ttl_s clock_skew_s reason",
     ("simple", "answer"): "key chunks objects",
+    ("hpke", "derive"): "private_key public_key key_id",
+    ("hpke", "refuse_key"): "public_key reason",
+    ("hpke", "open"): "private_keys keys sealed request",
+    ("hpke", "reject"): "private_keys keys sealed reason",
+    ("hpke", "answer"): "key reply_private_key request_id response_secret chunks payloads",
+    ("hpke", "refuse_answer"): "key reply_private_key request_id response_secret chunks reason",
 }
 REASONS = {
     "keys": "length alphabet canonical",
@@ -65,6 +71,7 @@ REASONS = {
     "answers": "form version encoding timestamp authentication length padding flags frame missing "
     "truncated restarted conflict after_end replayed",
     "simple": "encoding authentication too_old too_new",
+    "hpke": "prefix encoding length key form envelope inside members share authentication",
 }
 
 
@@ -173,7 +180,7 @@ def seal_json(key: str, text: str, iv: bytes) -> str:
     return f"1.{key_id(key)}.{ciphertext.decode()}"
 
 
-def open_request(keys: list[str], sealed: str) -> dict[str, Any]:
+def open_request(keys: list[str], sealed: str, more: str = "") -> dict[str, Any]:
     parts = sealed.split(".", 2)
     if len(parts) != 3 or len(sealed) > 15_728_640:
         raise Refused("form")
@@ -189,7 +196,7 @@ def open_request(keys: list[str], sealed: str) -> dict[str, Any]:
     names = "request_id response_secret issued_at expires_at audience route method body"
     try:
         ok = (
-            set(request) == set(names.split())
+            set(request) == {*names.split(), *more.split()}
             and re.fullmatch("[0-9a-f]{32}", request["request_id"]) is not None
             and len(canonical(request["response_secret"], padded=False)) == 32
             and all(type(request[name]) is int for name in ("issued_at", "expires_at"))

@@ -1008,11 +1008,19 @@ def simple() -> list[Case]:
     ]
 
 
+def hpke() -> list[Case]:
+    """Cases of hpke.json."""
+    from tools import hpke_vectors  # it is made with what stands above
+
+    return hpke_vectors.cases()
+
+
 FILES: dict[str, tuple[str, Callable[[], list[Case]]]] = {
     "keys.json": ("Fernet keys and what SPEC.md section 2 derives from them.", keys),
     "requests.json": ("Requests: SPEC.md sections 3, 4 and 7.", requests),
     "answers.json": ("Answers: SPEC.md sections 5, 6 and 10.", answers),
     "simple.json": ("The simple form: SPEC.md section 9.", simple),
+    "hpke.json": ("Public-key mode: SPEC.md section 13.", hpke),
 }
 
 
