@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from model_cache import HUB, Repo
 from model_files import CONFIGS, select_files, weights
 from model_lease import Pace
-from model_progress import Plan, Progress
+from model_progress import Manifest, Progress
 
 # EFBIG is what a limit on file sizes answers with; to the operator it is the same lack of room.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -90,10 +90,10 @@ class Failure:
 
 def download(
     hub: Hub, repo: Repo, revision: str, lost: Callable[[], bool]
-) -> tuple[Plan | None, Failure | None]:
+) -> tuple[Manifest | None, Failure | None]:
     """Try once to make a revision's needed files present in the cache.
 
-    The plan is None where the failure came before the listing was known. Finished files are kept
+    The manifest is None where the failure came before the listing was known. Finished files are kept
     whatever happens; `patience.stall_s` without a byte ends the attempt, and so does `lost`.
     """
     patience = hub.patience
@@ -105,7 +105,7 @@ def download(
         "token": hub.token,
         "endpoint": hub.endpoint,
     }
-    plan: Plan | None = None
+    manifest: Manifest | None = None
     failure: Failure | None = None
     done = False
     progress = Progress(repo.id, hub.cache / repo.storage_name, patience.log_every_s, hub.log)
@@ -126,10 +126,10 @@ def download(
             now = time.monotonic()
             if message:
                 moved_at, allowance_s = now, patience.stall_s + message.get("wait_s", 0.0)
-            if "plan" in message:
-                plan = Plan(**message["plan"])
-                progress.begin(plan)
-                progress.tell_plan()
+            if "manifest" in message:
+                manifest = Manifest(**message["manifest"])
+                progress.begin(manifest)
+                progress.tell_manifest()
             if "failure" in message:
                 failure = Failure(**message["failure"])
             done = done or "done" in message
@@ -143,7 +143,7 @@ def download(
             failure = Failure("died", _last_words(child, stderr))
     if failure is None:
         progress.end()
-    return plan, failure
+    return manifest, failure
 
 
 def _stop(child: "subprocess.Popen[str]") -> None:
@@ -286,7 +286,7 @@ def _fetch(job: Mapping[str, Any], say: Callable[..., None]) -> None:
         )
         say(failure={"kind": "config", "detail": detail})
         os._exit(0)
-    say(plan={"sha": sha, "sizes": sizes})
+    say(manifest={"sha": sha, "sizes": sizes})
     fetch(sha, list(sizes))
 
 

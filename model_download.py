@@ -21,7 +21,7 @@ from model_cache import (
 from model_failures import error_of, explained
 from model_files import listed
 from model_lease import Claim, Lease, server_time
-from model_progress import Plan, Progress
+from model_progress import Manifest, Progress
 
 _WORTH_RETRYING = ("network", "busy", "stalled", "died", "incomplete", "expired")
 _LOOK_EVERY_S = 0.5
@@ -84,7 +84,7 @@ class _Watch:
     def look(self, cached: Cached | None) -> None:
         """Take note of what has come since the last look, and log it when due."""
         if not self._begun and cached is not None and cached.sizes is not None:
-            self._progress.begin(Plan(cached.sha, cached.sizes))
+            self._progress.begin(Manifest(cached.sha, cached.sizes))
             self._begun = True
         if self._bytes != (seen := self._progress.measure()):
             self._bytes, self._moved_at = seen, time.monotonic()
@@ -116,10 +116,10 @@ def _download(repo: Repo, partial: Cached | None, lease: Lease, hub: Hub) -> Cac
         except OSError as error:
             kind = "room" if error.errno in NO_ROOM else "unwritable"
             raise error_of(Failure(kind, str(error)), repo, hub, None, attempts) from error
-        plan, failure = download(hub, repo, revision, lambda: lease.lost)
+        manifest, failure = download(hub, repo, revision, lambda: lease.lost)
         if lease.lost:
             return None
-        partial = look_up(repo, hub.cache, plan.sha) if plan else None
+        partial = look_up(repo, hub.cache, manifest.sha) if manifest else None
         if failure is None and partial is not None:
             if not partial.faults:
                 return partial
@@ -131,11 +131,11 @@ def _download(repo: Repo, partial: Cached | None, lease: Lease, hub: Hub) -> Cac
             continue
         if failure.kind == "room" and make_room(2 * hub.patience.stall_s):
             continue  # what the killed have left need not grow old first
-        finished = plan.finished_bytes(storage) if plan else 0
+        finished = manifest.finished_bytes(storage) if manifest else 0
         attempts = 1 if finished > most else attempts + 1
         most = max(most, finished)
         if failure.kind not in _WORTH_RETRYING or attempts >= hub.patience.attempts:
-            raise error_of(failure, repo, hub, plan, attempts)
+            raise error_of(failure, repo, hub, manifest, attempts)
         if failure.kind == "stalled":
             remove_locks(repo, hub.cache)
         wait_s = max(failure.retry_after_s, hub.patience.backoff_s * 2 ** (attempts - 1))

@@ -15,11 +15,11 @@ from errors import (
 )
 from hub_download import Failure, Hub
 from model_cache import HUB, Repo
-from model_progress import Plan
+from model_progress import Manifest
 
 
 def error_of(
-    failure: Failure, repo: Repo, hub: Hub, plan: Plan | None, attempts: int
+    failure: Failure, repo: Repo, hub: Hub, manifest: Manifest | None, attempts: int
 ) -> ModelError:
     """Return the error for a download that has failed for good after so many attempts."""
     name, detail = repo.id, _plain(failure.detail, hub.token)
@@ -68,9 +68,11 @@ def error_of(
             return ModelNotFound(f"{name}: {detail}")
         case "room":
             needs = "its size is not known yet"
-            if plan is not None:
-                missing = plan.total - plan.finished_bytes(hub.cache / repo.storage_name)
-                needs = f"it needs {missing / 1e9:.2f} GB more ({plan.total / 1e9:.2f} GB in all)"
+            if manifest is not None:
+                missing = manifest.total - manifest.finished_bytes(hub.cache / repo.storage_name)
+                needs = (
+                    f"it needs {missing / 1e9:.2f} GB more ({manifest.total / 1e9:.2f} GB in all)"
+                )
             return DiskFull(
                 f"no room for {name} in {hub.cache}: {needs}; enlarge the network volume, remove "
                 "other models from it, or set HF_HOME to a folder on a larger one"

@@ -18,7 +18,7 @@ _TOLD_AT_LEAST_EVERY_S = 120.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class Manifest:
     """What is to be there at the end: the commit, and the needed files with their sizes."""
 
     sha: str
@@ -43,7 +43,7 @@ class Progress:
 
     def __init__(self, label: str, storage: Path, every_s: float, log: logging.Logger) -> None:
         self._label, self._storage, self._every_s, self._log = label, storage, every_s, log
-        self._plan: Plan | None = None
+        self._manifest: Manifest | None = None
         self._foreign: set[Path] = set()
         self._had = 0
         self._began_at = self._told_at = time.monotonic()
@@ -52,33 +52,33 @@ class Progress:
         """Count no file as this download's that is there, unfinished, before it begins."""
         self._foreign = set(temporaries(self._storage))
 
-    def begin(self, plan: Plan) -> None:
-        """Measure towards a plan from now on."""
-        self._plan = plan
+    def begin(self, manifest: Manifest) -> None:
+        """Measure towards a manifest from now on."""
+        self._manifest = manifest
         self._had = self._have(temporaries_too=True)
         self._began_at = self._told_at = time.monotonic()
 
-    def tell_plan(self) -> None:
+    def tell_manifest(self) -> None:
         """Log what is to be downloaded."""
-        if self._plan is not None:
+        if self._manifest is not None:
             # config.json has just been fetched, for the listing's sake.
-            told = self._had > self._plan.sizes.get("config.json", 0)
+            told = self._had > self._manifest.sizes.get("config.json", 0)
             self._log.info(
                 "%s: downloading %d files, %s%s (revision %.7s)",
                 self._label,
-                len(self._plan.sizes),
-                human_size(self._plan.total),
+                len(self._manifest.sizes),
+                human_size(self._manifest.total),
                 f", of which {human_size(self._had)} are here" if told else "",
-                self._plan.sha,
+                self._manifest.sha,
             )
 
     def measure(self) -> tuple[int, int]:
         """Return the bytes finished and under way, by whatever process; log them when due."""
         now = time.monotonic()
         due_s = min(_TOLD_AT_LEAST_EVERY_S, (now - self._began_at) * _TOLD_SHARE)
-        if self._plan is not None and now - self._told_at >= max(self._every_s, due_s):
+        if self._manifest is not None and now - self._told_at >= max(self._every_s, due_s):
             self._told_at = now
-            total = self._plan.total
+            total = self._manifest.total
             have = min(total, self._have(temporaries_too=True))
             rate = max(0.0, (have - self._had) / (now - self._began_at))
             left = f"{(total - have) / rate:.0f} s left" if rate > 0 else "waiting for data"
@@ -106,9 +106,9 @@ class Progress:
         )
 
     def _have(self, *, temporaries_too: bool) -> int:
-        if self._plan is None:
+        if self._manifest is None:
             return 0
-        folder = self._storage / "snapshots" / self._plan.sha
-        finished = sum(size_of(folder / file) or 0 for file in self._plan.sizes)
+        folder = self._storage / "snapshots" / self._manifest.sha
+        finished = sum(size_of(folder / file) or 0 for file in self._manifest.sizes)
         under_way = temporaries(self._storage).items() if temporaries_too else ()
         return finished + sum(s.st_size for path, s in under_way if path not in self._foreign)

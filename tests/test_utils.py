@@ -25,7 +25,7 @@ import utils
 from errors import DiskFull, ModelError, ModelGated, ModelIncomplete, ModelNotFound, ModelOffline
 from model_files import check, human_size, select_files
 from model_lease import Pace
-from model_progress import Plan, Progress
+from model_progress import Manifest, Progress
 from tests.hub import Hub
 from utils import Patience, Snapshot
 
@@ -715,7 +715,7 @@ def test_a_long_download_does_not_flood_the_log(
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     progress = Progress("org/name", tmp_path, 5.0, logging.getLogger("utils"))
-    progress.begin(Plan("0" * 40, {"model.safetensors": 10**12}))
+    progress.begin(Manifest("0" * 40, {"model.safetensors": 10**12}))
     for _ in range(3600):
         now += 1
         progress.measure()
