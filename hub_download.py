@@ -93,8 +93,8 @@ def download(
 ) -> tuple[Manifest | None, Failure | None]:
     """Try once to make a revision's needed files present in the cache.
 
-    The manifest is None where the failure came before the listing was known. Finished files are kept
-    whatever happens; `patience.stall_s` without a byte ends the attempt, and so does `lost`.
+    The manifest is None where the failure came before the Hub had listed the files. Finished files
+    are kept whatever happens; `patience.stall_s` without a byte ends the attempt, and so does `lost`.
     """
     patience = hub.patience
     job = {
