@@ -94,7 +94,7 @@ def download(
     """Try once to make a revision's needed files present in the cache.
 
     The manifest is None where the failure came before the Hub had listed the files. Finished files
-    are kept whatever happens; `patience.stall_s` without a byte ends the attempt, and so does `lost`.
+    are kept whatever happens; `patience.stall_s` without a byte ends the attempt, and `lost` does.
     """
     patience = hub.patience
     job = {
