@@ -33,6 +33,8 @@ ENGINE = {
     # In bfloat16 tokens are equally likely far too often for one text to be the right one.
     "DTYPE": "float32",
     "MAX_NUM_SEQS": "24",
+    # Two engines with two threads each would wait for each other's on a small machine.
+    "OMP_NUM_THREADS": "1",
     # So little that every block of it has been used before the run begins, and counts from then.
     "KV_CACHE_MEMORY_BYTES": str(16 * 2**20),
 }
