@@ -302,7 +302,7 @@ class Clock:
 
 def check_replay() -> None:
     clock = Clock()
-    guard = ReplayGuard(clock)
+    guard = ReplayGuard(clock, passed=clock)
     guard.begin("a", NOW + 600)
     assert code_of(lambda: guard.begin("a", NOW + 600)) == "already_running"
     guard.finish("a")
@@ -321,7 +321,7 @@ def check_retry() -> None:
 
 def check_clock_set_back() -> None:
     clock = Clock()
-    guard = ReplayGuard(clock)
+    guard = ReplayGuard(clock, passed=clock)
     guard.begin("a", NOW + 600)
     guard.finish("a")
     clock.time = NOW + 700
@@ -332,9 +332,21 @@ def check_clock_set_back() -> None:
     guard.begin("c", NOW + 601)
 
 
+def check_clock_that_jumped() -> None:
+    clock, passed = Clock(), Clock()
+    guard = ReplayGuard(clock, passed=passed)
+    guard.begin("a", NOW + 86_400)
+    guard.finish("a")
+    clock.time = NOW + 1_000_000
+    guard.begin("b", NOW + 1_000_600)
+    clock.time = NOW
+    assert code_of(lambda: guard.begin("a", NOW + 86_400)) == "replayed"
+    guard.begin("c", NOW + 600)  # nobody else pays for it
+
+
 def check_memory_is_bounded() -> None:
     clock = Clock()
-    guard = ReplayGuard(clock, max_entries=100)
+    guard = ReplayGuard(clock, max_entries=100, passed=clock)
     for number in range(100):
         guard.begin(str(number), NOW + 600)
         guard.finish(str(number))
@@ -448,12 +460,19 @@ def nothing(*_args: Any) -> None:
 
 def forget_without_date(self: ReplayGuard) -> None:
     while self._by_expiry and self._by_expiry[0][0] < self._now() - 61:
-        self._finished.discard(heappop(self._by_expiry)[1])
+        self._finished.discard(heappop(self._by_expiry)[2])
 
 
 def forget_too_soon(self: ReplayGuard) -> None:
     while self._by_expiry and self._by_expiry[0][0] <= self._now():
-        self._finished.discard(heappop(self._by_expiry)[1])
+        self._finished.discard(heappop(self._by_expiry)[2])
+
+
+def forget_by_the_clock(self: ReplayGuard) -> None:
+    while self._by_expiry and self._by_expiry[0][0] < self._now() - 61:
+        expires_at, _, request_id = heappop(self._by_expiry)
+        self._finished.discard(request_id)
+        self._forgotten_until = max(self._forgotten_until, expires_at)
 
 
 def finish_by_abandoning(self: ReplayGuard, request_id: str) -> None:
@@ -500,6 +519,9 @@ WEAKENED: dict[str, tuple[Any, ...]] = {
     "forgotten within the skew": ("replay", ReplayGuard, "_forget", forget_too_soon),
     "abandoned ones remembered": ("retry", ReplayGuard, "abandon", finish_by_abandoning),
     "forgotten without a date": ("clock_set_back", ReplayGuard, "_forget", forget_without_date),
+    "forgotten by the clock alone": (
+        *("clock_that_jumped", ReplayGuard, "_forget", forget_by_the_clock),
+    ),
     "never forgotten": ("memory_is_bounded", ReplayGuard, "_forget", nothing),
     "any age taken": ("simple_time", simple_form, "_open_simple", any_time),
 }
@@ -641,7 +663,7 @@ def test_no_order_of_events_lets_a_request_be_answered_twice(
     steps: list[tuple[str, int, int]],
 ) -> None:
     clock = Clock()
-    guard = ReplayGuard(clock)
+    guard = ReplayGuard(clock, passed=clock)
     expires_at = {str(number): NOW + 100 * number for number in range(4)}
     running: set[str] = set()
     answered: set[str] = set()

@@ -70,8 +70,9 @@ Caller = Callable[[Callers, Job, Question, random.Random], Awaitable[str]]
 
 
 async def chat(callers: Callers, job: Job, question: Question, dice: random.Random) -> str:
-    """A whole answer."""
-    return _text(await callers.polled.chat(question.prompt, **callers.options(job, question)))
+    """A whole answer, sometimes to a request that is valid for a few minutes only."""
+    options = {**callers.options(job, question), "ttl_s": dice.choice((None, 300))}
+    return _text(await callers.polled.chat(question.prompt, **options))
 
 
 async def stream(callers: Callers, job: Job, question: Question, dice: random.Random) -> str:
