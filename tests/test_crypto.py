@@ -383,6 +383,11 @@ def run_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(monkeypatch) if check is check_same_work else check()
 
 
+@pytest.mark.claim(
+    "seal.rules",
+    "Each rule of the seal (SPEC.md, sections 2 to 7 and 9) holds, and a copy without it fails the "
+    "same test.",
+)
 @pytest.mark.parametrize("name", CHECKS)
 def test_promise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run_check(name, monkeypatch)
@@ -527,6 +532,7 @@ WEAKENED: dict[str, tuple[Any, ...]] = {
 }
 
 
+@pytest.mark.claim("seal.rules")
 @pytest.mark.parametrize("name", WEAKENED)
 def test_a_weakened_copy_breaks_the_promise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check, *patches = WEAKENED[name]

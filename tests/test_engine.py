@@ -628,6 +628,11 @@ CACHED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.claim(
+    "clients.cache",
+    "What one client has asked is in the prefix cache for itself and for no other, whatever "
+    "`cache_salt` that one asks for.",
+)
 @pytest.mark.parametrize("name", CACHED)
 async def test_the_prefix_cache_is_shared_within_a_salt_only(engine: Engine, name: str) -> None:
     route, body = CACHED[name]
@@ -668,12 +673,14 @@ async def _seen_by_vllm(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list
     return seen
 
 
+@pytest.mark.claim("clients.cache")
 async def test_a_clients_own_salt_and_priority_are_ignored(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert await _seen_by_vllm(engine, monkeypatch) == [("a", 0), 0, ("b", 0), 0]
 
 
+@pytest.mark.claim("clients.cache")
 async def test_without_the_workers_salt_clients_meet_in_the_cache(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

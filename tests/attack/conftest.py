@@ -14,6 +14,13 @@ Tried = tuple[int, int]
 Shown = Callable[[Callable[[], Awaitable[Tried]], Weakening], Awaitable[None]]
 
 
+@pytest.fixture(params=["shared key", "public key"])
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test without and with public-key mode."""
+    monkeypatch.setattr(World, "public_key_mode", request.param == "public key")
+    return str(request.param)
+
+
 @pytest.fixture
 def shown(claim: Trials, monkeypatch: pytest.MonkeyPatch) -> Shown:
     """Run an attack on a weakened copy, where it has to succeed, and count what it does to ours."""

@@ -19,6 +19,7 @@ from config import Settings
 from crypto import new_request, seal_request
 from errors import Rejected, SealedError
 from frames import AnswerEvent, End, Event, Head, Text
+from hpke import Envelope, HpkeKeyRing, HpkePrivateKey
 from keys import KeyRing, generate_key
 from protocol import Call, Request
 from rp_handler import Handler
@@ -26,6 +27,7 @@ from rp_handler import Handler
 HERE = "here"
 REJECTION = [{"error": Rejected.TEXT}]
 ANSWER = "seven words make seven chunks, no less"
+PAIR = HpkePrivateKey.generate()
 LIMIT_S = 20.0
 """How long one job may take before it counts as hanging."""
 
@@ -75,11 +77,13 @@ class EchoRun:
 class Worker:
     """One worker: the real handler over an echo."""
 
-    def __init__(self, keys: str, endpoint_id: str = HERE, **settings: Any) -> None:
+    def __init__(self, keys: str, endpoint_id: str = HERE) -> None:
         self.models = EchoModels()
-        ring = KeyRing.parse(keys)
-        given: Any = self.models
-        self.handler = Handler(Settings(endpoint_id=endpoint_id, **settings), ring, given)
+        models: Any = self.models
+        pairs = HpkeKeyRing([PAIR]) if World.public_key_mode else None
+        self.handler = Handler(
+            Settings(endpoint_id=endpoint_id), KeyRing.parse(keys), models, pairs
+        )
 
     async def answer(self, job_input: Any, job_id: str = "job") -> list[Any]:
         """Return what the worker yields for a job; a hang or an exception of it is raised."""
@@ -192,17 +196,25 @@ class Outcome:
 class World:
     """A client, a platform and a worker that share a key."""
 
-    def __init__(self, **settings: Any) -> None:
+    public_key_mode = False
+
+    def __init__(self) -> None:
         self.key_text = generate_key()
         self.key = KeyRing.parse(self.key_text).first
-        self.settings = settings
-        self.worker = Worker(self.key_text, **settings)
+        self.worker = Worker(self.key_text)
         self.platform = Platform(self.worker)
+        self.envelope = Envelope(PAIR.public) if self.public_key_mode else None
 
-    def client(self, key: str = "", transport: str = "run") -> AsyncClient:
+    def client(self, transport: str = "run") -> AsyncClient:
         """Return a client whose every request the platform gets."""
-        base = "http://127.0.0.1:9/v2"
-        settings = ClientSettings(HERE, "rpa", key or self.key_text, base, transport=transport)
+        settings = ClientSettings(
+            HERE,
+            "rpa",
+            self.key_text,
+            "http://127.0.0.1:9/v2",
+            transport=transport,
+            hpke_public_key=PAIR.public.text if self.public_key_mode else "",
+        )
         return AsyncClient(settings, transport=self.platform)
 
     async def ask(self, text: str, *, streamed: bool, transport: str = "run") -> Outcome:
@@ -223,11 +235,12 @@ class World:
     def request(self, prompt: str = "x", **options: Any) -> Request:
         """Return a request of this world's client."""
         body = json.dumps({"prompt": prompt}, separators=(",", ":")).encode()
-        return new_request("generate", body, **{"audience": HERE, "ttl_s": 600, **options})
+        given = {"audience": HERE, "ttl_s": 600, "envelope": self.envelope, **options}
+        return new_request("generate", body, **given)
 
     def sealed(self, request: Request) -> dict[str, str]:
         """Return it as a job's input."""
-        return {"sealed": seal_request(request, self.key)}
+        return {"sealed": seal_request(request, self.key, self.envelope)}
 
     async def ran(self, job_inputs: Sequence[Any], worker: Worker | None = None) -> int:
         """Return how many of these jobs reached the engine."""

@@ -20,7 +20,7 @@ import job
 import protocol
 import simple_form
 from config import Settings
-from crypto import Opened, OpenedChunk, RequestOpener
+from crypto import AnswerOpener, Opened, OpenedChunk, RequestOpener
 from delivery import Delivery
 from errors import TamperedChunk, TruncatedAnswer
 from frames import AnswerEvent, End, FrameDecoder, Head, Text
@@ -95,11 +95,15 @@ def trusting(patch: pytest.MonkeyPatch) -> None:
 def one_answer_key(patch: pytest.MonkeyPatch) -> None:
     """Answers of all requests under one key, however many clients there are."""
 
-    def response_fernet(self: KeyId, request: Any, salt: bytes, *_: Any) -> Fernet:
+    def response_fernet(self: KeyId, *_: Any) -> Fernet:
         return fernets.fernet(bytes(32))
+
+    def attempt(self: AnswerOpener, salt_text: str) -> tuple[bytes, Fernet]:
+        return salt_text.encode(), fernets.fernet(bytes(32))
 
     naive(patch)
     patch.setattr(KeyId, "response_fernet", response_fernet)
+    patch.setattr(AnswerOpener, "_attempt", attempt)
 
 
 def unauthenticated(patch: pytest.MonkeyPatch) -> None:
