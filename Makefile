@@ -27,8 +27,9 @@ demo-gateway: model ## the same with the openai SDK, through the gateway
 
 test: model clients lint ## run every test, those on the real engine included (ARGS="-k word" picks some)
 	@$(PY) tools/tiny_models.py
-	@# Where there is no browser to be had, the tests that need one say so.
+	@# Where there is no browser or no Redis to be had, the tests that need one say so.
 	@tools/setup_browser.sh >/dev/null || true
+	@tools/setup_redis.sh >/dev/null || true
 	@$(PY) -m pytest $(ARGS)
 
 run: model ## start the local RunPod with one worker of the demo model (or of MODELS=)

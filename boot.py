@@ -11,6 +11,7 @@ import functools
 import logging
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from utils import Snapshot
 if TYPE_CHECKING:
     from engine import Engine
     from engine_options import EngineOptions
+    from replay_store import ReplayStore
 
 log = logging.getLogger("worker")
 
@@ -51,6 +53,7 @@ class Booted:
     readiness: Readiness
     preparation: Preparation
     compile_cache: CompileCache | None
+    store: "ReplayStore | None"
 
     def ready(self) -> None:
         """Tell and keep the record of this start; the worker takes jobs from now on."""
@@ -81,7 +84,7 @@ def boot(environ: Mapping[str, str]) -> Booted:
         with readiness.phase("imports"):
             from engine import Engine  # noqa: F401 - the longest import; `load` finds it done
             from engine_options import EngineOptions
-        settings, keys, hpke_keys = _checked(environ, EngineOptions())
+        settings, keys, hpke_keys, store = _checked(environ, EngineOptions())
         snapshots = preparation.snapshots()
         bases = _bases(engine_adapters.families(snapshots), settings)
         compile_cache = _hydrated(local, settings, keys, snapshots[0], readiness) if local else None
@@ -96,12 +99,12 @@ def boot(environ: Mapping[str, str]) -> Booted:
         "bytes": snapshots[0].bytes,
     }
     for key in keys:
-        log.info("key %s%s", key.id, f" ({key.name})" if key.name else "")
+        log.info("%s", key.about(time.time()))
     for hpke_key in hpke_keys or ():
         log.info("public key %s", hpke_key.public.id)
     if hpke_keys and settings.allow_without_hpke:
         log.warning("ALLOW_WITHOUT_HPKE: sealed requests without public-key mode are served too")
-    return Booted(settings, keys, hpke_keys, models, readiness, preparation, compile_cache)
+    return Booted(settings, keys, hpke_keys, models, readiness, preparation, compile_cache, store)
 
 
 def load(family: Family, names: Sequence[str], settings: Settings) -> "Engine":
@@ -172,7 +175,8 @@ def _hydrated(
         local.path,
         settings.compile_archives,
         compile_key.key_of(model.name, model.path, model.revision, settings.engine_options),
-        [key.local_secret("compile cache") for key in keys],
+        # Whoever may hold a key that was given up must not be able to plant code with it.
+        [key.local_secret("compile cache") for key in keys if not key.terms.over_at(time.time())],
     )
     with readiness.phase("compile cache") as facts:
         if found := cache.hydrate(log):
@@ -182,8 +186,8 @@ def _hydrated(
 
 def _checked(
     environ: Mapping[str, str], options: "EngineOptions"
-) -> tuple[Settings, KeyRing, HpkeKeyRing | None]:
-    """Return the settings and the keys, or raise ConfigError with every fault of both."""
+) -> tuple[Settings, KeyRing, HpkeKeyRing | None, "ReplayStore | None"]:
+    """Return the settings, the keys and the store, or raise ConfigError with every fault."""
     settings, faults = config.read(environ, options.names())
     faults += options.faults(settings.engine_options, settings.models[:1])
     if settings.encryption_key:
@@ -191,12 +195,36 @@ def _checked(
             keys = KeyRing.parse(settings.encryption_key)
         except ConfigError as error:
             faults += error.faults
+        else:
+            faults += _hopeless(keys)
     hpke_keys = None
     if settings.hpke_private_key:
         try:
             hpke_keys = HpkeKeyRing.parse(settings.hpke_private_key)
         except ConfigError as error:
             faults += error.faults
+    store = None
+    if settings.replay_redis_url:
+        from replay_store import ReplayStore
+
+        try:
+            store = ReplayStore(
+                settings.replay_redis_url,
+                settings.endpoint_id,
+                clock_skew_s=settings.clock_skew_s,
+                may_do_without=settings.may_do_without_redis,
+            )
+        except ConfigError as error:
+            faults += error.faults
     if faults:
         raise ConfigError(faults)
-    return settings, keys, hpke_keys
+    return settings, keys, hpke_keys, store
+
+
+def _hopeless(keys: KeyRing) -> list[str]:
+    """Return a sentence if no key will ever be good again."""
+    now = time.time()
+    if any(not key.terms.over_at(now) for key in keys):
+        return []
+    told = "; ".join(key.about(now) for key in keys)
+    return [f"ENCRYPTION_KEY has no key that is good now or will be: {told}"]

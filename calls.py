@@ -5,6 +5,7 @@ alike. Knows nothing of how either waits.
 """
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -49,9 +50,9 @@ class Calls:
         self.endpoint = Endpoint(transport, settings.api_base, settings.endpoint_id)
         self.records = JobRecords(settings.state_dir)
         self.submissions = Submissions(self.endpoint, self.records)
-        self._key = None
+        self._keys = None
         if settings.encryption_key:
-            self._key = KeyRing.parse(settings.encryption_key).first
+            self._keys = KeyRing.parse(settings.encryption_key)
         self._worker_key = None
         if settings.hpke_public_key:
             self._worker_key = HpkePublicKey.parse(settings.hpke_public_key)
@@ -65,7 +66,7 @@ class Calls:
         method: Method = "POST",
         options: Mapping[str, Any],
     ) -> Job:
-        if self._key is None:
+        if self._keys is None:
             raise ConfigError(["ENCRYPTION_KEY is not set; a request cannot be sealed without it"])
         options = dict(options)
         on_progress = options.pop("on_progress", None)
@@ -92,7 +93,8 @@ class Calls:
         return kind(
             self.endpoint,
             request,
-            self._key,
+            # Of the moment: a process that goes on for months changes over by itself.
+            self._keys.current(time.time()),
             envelope,
             streamed=streamed,
             limits=limits,

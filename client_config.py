@@ -40,7 +40,9 @@ SETTINGS = (
     Setting("RUNPOD_ENDPOINT_ID", "", "the endpoint to talk to"),
     Setting("RUNPOD_API_KEY", "", "the platform's API key"),
     Setting("RUNPOD_API_KEY_FILE", "", "a file of mode 0600 that holds it"),
-    Setting("ENCRYPTION_KEY", "", "the key shared with the worker; of several the first is used"),
+    Setting(
+        "ENCRYPTION_KEY", "", "the key shared with the worker; of several the first that is good"
+    ),
     Setting("ENCRYPTION_KEY_FILE", "", "a file of mode 0600 that holds it"),
     Setting(
         "HPKE_PUBLIC_KEY",

@@ -45,6 +45,8 @@ class Settings:
     max_ttl_s: int = DEFAULT_MAX_TTL_S
     clock_skew_s: int = DEFAULT_CLOCK_SKEW_S
     stream_interval_ms: int = 0
+    replay_redis_url: str = field(default="", repr=False)
+    may_do_without_redis: bool = False
     compile_cache: bool = True
     endpoint_id: str = ""
     worker_id: str = ""
@@ -118,6 +120,15 @@ def _fraction(text: str) -> float:
     return value
 
 
+def _one_of(words: Mapping[str, Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if text.lower() not in words:
+            raise ValueError(f"is neither {' nor '.join(words)}")
+        return words[text.lower()]
+
+    return parse
+
+
 @dataclass(frozen=True)
 class Setting:
     """One setting of the worker; the documentation's table is made of these."""
@@ -143,7 +154,8 @@ SETTINGS = (
         "encryption_key",
         _text,
         "required",
-        "the key shared with your clients (`client.py keygen`); several as `name=key,name=key`",
+        "the key shared with your clients (`client.py keygen`); several as `name=key,name=key`, "
+        "each with options of its own, see [Keys of several clients](#keys-of-several-clients)",
     ),
     Setting(
         "HPKE_PRIVATE_KEY",
@@ -240,6 +252,22 @@ SETTINGS = (
         _integer(0, 60_000),
         "0",
         "paced mode: one chunk of constant size every so many milliseconds; 0 is off",
+    ),
+    Setting(
+        "REPLAY_REDIS_URL",
+        "replay_redis_url",
+        _text,
+        "none",
+        "a Redis, as `redis://:password@host:6379/0` or `rediss://…`, in which the workers of an "
+        "endpoint remember together which requests were answered",
+    ),
+    Setting(
+        "REPLAY_REDIS_UNAVAILABLE",
+        "may_do_without_redis",
+        _one_of({"refuse": False, "accept": True}),
+        "refuse",
+        "what happens to requests while that Redis cannot be asked: `refuse` (503), or `accept` "
+        "by what each worker remembers by itself",
     ),
     Setting(
         "COMPILE_CACHE",
@@ -345,10 +373,19 @@ def misspelt(environ: Mapping[str, str], options: Iterable[str]) -> list[str]:
     return faults
 
 
+_SECRETS = (
+    "ENCRYPTION_KEY",
+    "HPKE_PRIVATE_KEY",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "REPLAY_REDIS_URL",
+)
+
+
 def take_secrets(environ: MutableMapping[str, str]) -> dict[str, str]:
     """Return a copy of the environment and remove the secrets from it, for the sake of children."""
     copy = dict(environ)
-    for name in ("ENCRYPTION_KEY", "HPKE_PRIVATE_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    for name in _SECRETS:
         if environ is os.environ:
             _erase(name)
         environ.pop(name, None)

@@ -198,6 +198,8 @@ class RequestOpener:
         version, _, rest = sealed.partition(".")
         kid, _, ciphertext = rest.partition(".")
         key = self._keys.get(kid) if version == VERSION else None
+        if key and not key.terms.good_at(self._now()):
+            key = None
         # Always, and of something as long as the whole: it is a part of the time that is taken.
         canonical = is_canonical(ciphertext or sealed)
         if not canonical or not ciphertext.startswith(TIME_ZERO):

@@ -104,7 +104,7 @@ def _key_id(patient: _Patient, settings: ClientSettings) -> str:
     if not settings.encryption_key:
         return ""
     try:
-        key = KeyRing.parse(settings.encryption_key).first
+        key = KeyRing.parse(settings.encryption_key).current(time.time())
     except ConfigError as error:
         for fault in error.faults:
             patient.fail("encryption key", fault)

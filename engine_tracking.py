@@ -114,11 +114,15 @@ class TrackedLLM(AsyncLLM):
         usage = Usage() if call is None else call.usage
         cumulative = sampling_params.output_kind == RequestOutputKind.CUMULATIVE
         counted: dict[int, int] = {}
+        begun = False
         outputs = super().generate(prompt, sampling_params, *args, **kwargs)
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 if usage.first_token is None:
                     usage.first_token = time.perf_counter()
+                if not begun:  # not at its end, which a request that is stopped never sees
+                    begun = True
+                    usage.prompt_tokens += len(output.prompt_token_ids or ())
                 generated = 0
                 for choice in output.outputs:
                     generated += len(choice.token_ids)
@@ -128,7 +132,6 @@ class TrackedLLM(AsyncLLM):
                 usage.completion_tokens += generated
                 self.generated_tokens += generated
                 if output.finished:
-                    usage.prompt_tokens += len(output.prompt_token_ids or ())
                     usage.cached_tokens += output.num_cached_tokens or 0
                 yield output
 

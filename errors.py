@@ -104,6 +104,7 @@ class RequestError(SealedError):
         type: str = "BadRequestError",
         param: str | None = None,
         code: str | int | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -111,17 +112,22 @@ class RequestError(SealedError):
         self.type = type
         self.param = param
         self.code = status if code is None else code
+        self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, Any]:
-        """Return OpenAI's error object, `{"error": {message, type, param, code}}`."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.type,
-                "param": self.param,
-                "code": self.code,
-            }
+        """Return OpenAI's error object, `{"error": {message, type, param, code}}`.
+
+        Where it is known when the same may be asked again, `retry_after_s` says it.
+        """
+        error = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
         }
+        if self.retry_after_s is not None:
+            error["retry_after_s"] = self.retry_after_s
+        return {"error": error}
 
     @classmethod
     def from_body(cls, body: Any, status: int) -> "RequestError":
@@ -130,12 +136,14 @@ class RequestError(SealedError):
         if not isinstance(error, dict):
             detail = body.get("detail") if isinstance(body, dict) else None
             return cls(str(detail or f"the worker answered with status {status}"), status=status)
+        retry_after_s = error.get("retry_after_s")
         return cls(
             str(error.get("message", "")),
             status=status,
             type=str(error.get("type", "")),
             param=error.get("param"),
             code=error.get("code"),
+            retry_after_s=retry_after_s if isinstance(retry_after_s, int) else None,
         )
 
 

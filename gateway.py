@@ -13,6 +13,7 @@ import ipaddress
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 
 import uvicorn
@@ -58,7 +59,7 @@ class Gateway:
         self.settings = settings
         self.client = client
         self.metrics = Metrics()
-        self.key_id = KeyRing.parse(settings.client.encryption_key).first.id
+        self.key_id = KeyRing.parse(settings.client.encryption_key).current(time.time()).id
         # With another key it is another deployment, though the endpoint may be the same.
         name = f"models-{settings.client.endpoint_id}-{self.key_id}.json"
         memory = (settings.client.state_dir / name).expanduser()

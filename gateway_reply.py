@@ -45,6 +45,7 @@ class Reply:
     request_id: str = ""
     job_id: str = ""
     may_retry: bool = False
+    retry_after_s: int | None = None
 
     def submitted(self, answer: AsyncRawStream | AsyncStream | Answer) -> None:
         """Take the ids that the head of the answer tells."""
@@ -66,6 +67,8 @@ class Reply:
             headers["content-length"] = str(length)
         if self.job_id:
             headers["x-job-id"] = self.job_id
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(self.retry_after_s)
         if not self.may_retry:
             # The SDKs' retries would be jobs of their own, each with its price.
             headers["x-should-retry"] = "false"
@@ -122,7 +125,10 @@ class Reply:
             named = b"event: error\n" if self.route in ANTHROPIC_ROUTES else b""
             await self.send(named + b"data: " + body + b"\n\n", more=False)
             return
-        self.may_retry = isinstance(error, RateLimited) and not self.job_id
+        if isinstance(error, RequestError) and error.retry_after_s is not None:
+            self.retry_after_s = error.retry_after_s
+        limited = isinstance(error, RateLimited) and not self.job_id
+        self.may_retry = limited or self.retry_after_s is not None
         await self.begin(error.status, "application/json", len(body))
         await self.send(body, more=False)
 

@@ -1,6 +1,7 @@
 """The pre-shared keys, and what is derived from them (SPEC.md section 2).
 
-Owns the form that keys have in settings, key ids, and which key is for what. Knows nothing
+Owns the form that keys have in settings (their options are key_terms.py's), key ids, and which
+key is for what. Knows nothing
 of what is sealed under them (crypto.py, simple_form.py) or of the environment.
 """
 
@@ -13,6 +14,7 @@ from cryptography.fernet import Fernet
 
 from errors import ConfigError
 from fernets import fernet, hkdf, is_canonical, unb64
+from key_terms import NO_TERMS, KeyTerms, parse_terms
 from protocol import RESPONSE_SECRET_BYTES
 
 KEY_BYTES = 32
@@ -62,13 +64,14 @@ class KeyId:
 class Key(KeyId):
     """One pre-shared key and what SPEC section 2 derives from it."""
 
-    __slots__ = ("_request", "_secret", "_simple", "name")
+    __slots__ = ("_request", "_secret", "_simple", "name", "terms")
 
-    def __init__(self, secret: bytes, name: str | None = None) -> None:
+    def __init__(self, secret: bytes, name: str | None = None, terms: KeyTerms = NO_TERMS) -> None:
         if len(secret) != KEY_BYTES:
             raise ValueError(f"a key has {KEY_BYTES} bytes")
         self._secret = secret
         self.name = name
+        self.terms = terms
         super().__init__(hkdf(secret, _LABEL + "key-id")[:8].hex())
         self._request = fernet(hkdf(secret, f"{_LABEL}request {self.id}"))
         self._simple = fernet(secret)
@@ -92,9 +95,19 @@ class Key(KeyId):
         """The Fernet of the key itself, for the simple form only (SPEC section 9)."""
         return self._simple
 
+    @property
+    def client(self) -> str:
+        """Whose key it is: keys of one name are one client's."""
+        return self.name or self.id
+
     def local_secret(self, use: str) -> bytes:
         """Return 32 bytes for a `use` of the worker's own, none of which travels (section 2)."""
         return hkdf(self._secret, f"{_LABEL}local {use}")
+
+    def about(self, now: float) -> str:
+        """Return the key's id, its name and its terms, for people."""
+        named = f" ({self.name})" if self.name else ""
+        return ", ".join([f"key {self.id}{named}", *self.terms.words(now)])
 
     def __repr__(self) -> str:
         return f"Key(id={self.id!r}, name={self.name!r})"
@@ -136,15 +149,18 @@ class KeyRing(Sequence[Key]):
 
     @classmethod
     def parse(cls, text: str) -> "KeyRing":
-        """Read `key` or `name=key,name2=key2`; ConfigError naming every fault, quoting nothing."""
+        """Read `key` or `name=key;option=value,name2=key2`, with the options of key_terms.py.
+
+        ConfigError naming every fault, quoting nothing.
+        """
         keys: list[Key] = []
         faults: list[str] = []
         by_id: dict[str, int] = {}
-        by_name: dict[str, int] = {}
         entries = text.split(",")
         for number, entry in enumerate(entries, 1):
             which = "the encryption key" if len(entries) == 1 else f"encryption key {number}"
-            name, _, rest = entry.strip().partition("=")
+            given, *options = entry.split(";")
+            name, _, rest = given.strip().partition("=")
             # A key ends in `=` itself, so only what follows an `=` makes the part before it a name.
             named = bool(rest.strip("="))
             if named and not _NAME.fullmatch(name):
@@ -152,10 +168,10 @@ class KeyRing(Sequence[Key]):
                     f"{which} has a name that is not 1 to {_MAX_NAME_CHARS} of A-Z a-z 0-9 . _ -, "
                     "or a comma between two keys is missing"
                 )
-            elif named and by_name.setdefault(name, number) != number:
-                faults.append(f"{which} has the same name as encryption key {by_name[name]}")
+            terms, of_terms = parse_terms(options)
+            faults += [f"{which} {fault}" for fault in of_terms]
             try:
-                key = Key(_key_bytes(rest if named else entry), name if named else None)
+                key = Key(_key_bytes(rest if named else given), name if named else None, terms)
             except ValueError as error:
                 faults.append(f"{which} {error}")
                 continue
@@ -174,6 +190,15 @@ class KeyRing(Sequence[Key]):
     def first(self) -> Key:
         """The first key."""
         return self._keys[0]
+
+    def current(self, now: float) -> Key:
+        """Return the first key that is good at that moment; ConfigError if there is none."""
+        for key in self._keys:
+            if key.terms.good_at(now):
+                return key
+        raise ConfigError(
+            ["no encryption key is good now: " + "; ".join(key.about(now) for key in self._keys)]
+        )
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -6,6 +6,7 @@ A record may say where something happened and of what type it was, never with wh
 """
 
 import contextlib
+import contextvars
 import logging
 import os
 import resource
@@ -45,6 +46,18 @@ _PR_SET_PDEATHSIG = 1
 _libc: Any = CDLL(None)
 
 
+current_job: contextvars.ContextVar[str] = contextvars.ContextVar("job", default="")
+"""What the lines are marked with that are logged while a job is worked on, such as `key=…`."""
+
+
+class JobFilter(logging.Filter):
+    """Gives each record `job`, which says for which job and key it was written."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.job = f" [{job}]" if (job := current_job.get()) else ""
+        return True
+
+
 class ContentFilter(logging.Filter):
     """Lets through what cannot hold content; of the rest, place and type only."""
 
@@ -82,8 +95,11 @@ def install() -> None:
     """Guard this process: hooks, root logger, core dumps; children die with it."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s%(job)s")
+    )
     handler.addFilter(ContentFilter())
+    handler.addFilter(JobFilter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     # A dependency of vLLM's application raises the root logger's level when it is imported.
     logging.getLogger("worker").setLevel(logging.INFO)

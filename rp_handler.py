@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,16 @@ import psutil
 
 import config
 import log_guard
+from attempts import Attempt, Store
 from base_models import Run
 from boot import Booted, boot
+from client_limits import ClientLimits, Place
 from config import Settings
 from crypto import CELL_PAYLOAD_BYTES, RequestOpener
 from errors import ConfigError, EngineDead, ModelError, Rejected, RequestError
 from frames import AnswerEvent, Body, End, Head
 from hpke import HpkeKeyRing
-from keys import KeyRing
+from keys import Key, KeyRing
 from model_swap import Models
 from pacing import paced, with_signs
 from protocol import (
@@ -59,14 +61,22 @@ class _Job:
 
     id: str
     key: str = "-"
+    client: str = "-"
     route: str = "-"
     outcome: str = "cancelled"
     started: float = field(default_factory=time.perf_counter)
     run: Run | None = None
     as_events: bool = False
     """Whether it is answered in server-sent events (SPEC section 1.2)."""
-    release: Callable[[], None] = lambda: None
-    """Gives the request id back if the answer does not reach its end."""
+    attempt: Attempt | None = None
+    """What remembers the request; None for one that is not to be remembered."""
+    place: Place | None = None
+    """What it takes of its client's limits."""
+
+    def tokens(self) -> dict[str, Any]:
+        """Return OpenAI's `usage` as far as it has come, empty where the engine was not asked."""
+        usage = self.run.usage if self.run else None
+        return (usage.tokens() if usage else None) or {}
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,8 @@ class _Asked:
 
     call: Call
     reply: Reply
-    key_name: str
+    key: Key | None
+    """None for plaintext."""
     replay_id: str | None = None
     expires_at: int = 0
     error: RequestError | None = None
@@ -90,7 +101,9 @@ class Handler:
         keys: KeyRing,
         models: Models,
         hpke_keys: HpkeKeyRing | None = None,
+        store: Store | None = None,
     ) -> None:
+        """`store` is what the workers of the endpoint remember together, if they do."""
         self._settings = settings
         self._keys = keys
         self._models = models
@@ -103,6 +116,8 @@ class Handler:
             allow_without_hpke=settings.allow_without_hpke,
         )
         self._guard = ReplayGuard(clock_skew_s=settings.clock_skew_s)
+        self._store = store
+        self._limits = ClientLimits()
         # Clients must not be able to guess another one's salt.
         self._salt = os.urandom(16).hex()
         self._closing: set[asyncio.Task[None]] = set()
@@ -116,6 +131,7 @@ class Handler:
             raise RuntimeError("a job is answered by a task of its own")
         # A stop during a POST leaves this generator suspended; the task's end does not wait for it.
         task.add_done_callback(lambda _: self._end(state))
+        log_guard.current_job.set(f"job={state.id}")  # the line of the end tells it by itself
         try:
             asked = self._open(job.get("input"), state)
         except Exception as error:
@@ -131,9 +147,8 @@ class Handler:
         except Exception as error:
             for chunk in asked.reply.render([self._failure(error, state)]):
                 yield chunk
-        if asked.replay_id is not None:
-            self._guard.finish(asked.replay_id)
-        state.release = lambda: None
+        if state.attempt:
+            state.attempt.finish()
 
     # --- opening ---
 
@@ -144,7 +159,7 @@ class Handler:
         except RequestError as error:
             if not self._settings.allow_plaintext:
                 raise Rejected from None
-            return _Asked(Call("", "POST", b""), _PlainError(), "plaintext", error=error)
+            return _Asked(Call("", "POST", b""), _PlainError(), None, error=error)
         match parsed:
             case SealedInput(sealed, as_events):
                 state.as_events = as_events
@@ -152,7 +167,7 @@ class Handler:
                 asked = _Asked(
                     opened.request.call,
                     SealedReply(opened.request, opened.key, as_events=as_events),
-                    opened.key.id,
+                    opened.key,
                     opened.replay_id,
                     opened.request.expires_at,
                 )
@@ -169,26 +184,27 @@ class Handler:
                 asked = _Asked(
                     Call(GENERATE, "POST", simple.body),
                     SimpleReply(simple.key),
-                    simple.key.id,
+                    simple.key,
                     simple.replay_id,
                     simple.expires_at,
                 )
             case PlaintextInput(call):
                 if not self._settings.allow_plaintext:
                     raise Rejected
-                asked = _Asked(call, PlaintextReply(parsed), "plaintext")
-        state.key = asked.key_name
+                asked = _Asked(call, PlaintextReply(parsed), None)
+        state.key = asked.key.id if asked.key else "plaintext"
+        state.client = (asked.key.name if asked.key else None) or "-"
+        log_guard.current_job.set(f"job={state.id} key={state.key} client={state.client}")
         state.route = asked.call.route if self._known(asked.call.route) else "unknown"
         try:
             if isinstance(parsed, SealedInput):
                 self._opener.check(opened.request)
-            if asked.replay_id is not None:
-                self._guard.begin(asked.replay_id, asked.expires_at)
-                replay_id = asked.replay_id
-                state.release = lambda: self._guard.abandon(replay_id)
+            if asked.key and asked.replay_id is not None:
+                state.attempt = Attempt(
+                    self._guard, self._store, asked.key, asked.replay_id, asked.expires_at
+                )
         except RequestError as error:
-            # Without its id: an attempt that is refused must not end another one's.
-            return replace(asked, replay_id=None, error=error)
+            return replace(asked, error=error)
         return asked
 
     def _known(self, route: str) -> bool:
@@ -219,17 +235,24 @@ class Handler:
         try:
             if asked.error is not None:
                 raise asked.error
+            if state.attempt:
+                await state.attempt.everywhere()
+            if asked.key and asked.call.method == "POST":
+                state.place = self._limits.enter(asked.key.client, asked.key.terms)
+                state.place.cost = lambda: state.tokens().get("total_tokens", 0)
             if asked.call.route == WORKER:
                 yield self._worker(asked.call)
             else:
                 until = asked.expires_at + self._settings.clock_skew_s
                 state.run = self._models.run(
                     asked.call,
-                    f"{self._salt}:{asked.key_name}",
+                    f"{self._salt}:{state.key}",
                     until if asked.expires_at else None,
                 )
                 async for batch in state.run.batches():
                     refused |= _refusal(batch)
+                    if state.place:
+                        state.place.count()
                     yield batch
             state.outcome = f"error:{refused}" if refused else "done"
         except Exception as error:
@@ -251,7 +274,7 @@ class Handler:
 
     def _internal(self, state: _Job, error: Exception) -> None:
         # Its message may quote the request: only its type and place are told.
-        log.error("job %s: %s", state.id, log_guard.describe(type(error), error.__traceback__))
+        log.error("a job failed: %s", log_guard.describe(type(error), error.__traceback__))
         state.outcome = "error:internal"
 
     def _worker(self, call: Call) -> list[AnswerEvent]:
@@ -266,16 +289,20 @@ class Handler:
 
     def _end(self, state: _Job) -> None:
         """Log the job, and stop what of it still runs in the engine."""
-        state.release()
+        if state.attempt:
+            state.attempt.abandon()
+        if state.place:
+            state.place.leave()
         run = state.run
         usage = run.usage if run else None
-        tokens = (usage.tokens() if usage else None) or {}
+        tokens = state.tokens()
         times = usage.timings() if usage else {}
         log.info(
-            "job=%s key=%s route=%s prompt_tokens=%s completion_tokens=%s queue_ms=%s "
+            "job=%s key=%s client=%s route=%s prompt_tokens=%s completion_tokens=%s queue_ms=%s "
             "first_token_ms=%s total_ms=%.1f outcome=%s",
             state.id,
             state.key,
+            state.client,
             state.route,
             tokens.get("prompt_tokens", 0),
             tokens.get("completion_tokens", 0),
@@ -336,7 +363,7 @@ def main() -> int:
 def serve(booted: Booted) -> int:
     """Take jobs by the SDK until SIGTERM (0) or until the engine has died (1)."""
     models, readiness = booted.models, booted.readiness
-    handler = Handler(booted.settings, booted.keys, models, booted.hpke_keys)
+    handler = Handler(booted.settings, booted.keys, models, booted.hpke_keys, booted.store)
     began_at = time.time()
     import job_loop
 
@@ -345,11 +372,15 @@ def serve(booted: Booted) -> int:
         log_guard.guard_exceptions()  # the SDK has put its own hook in place by now
         readiness.add("taking jobs", began_at, time.time())
         await models.start(readiness.phase)
+        if booted.store:
+            await booted.store.start()
         booted.ready()
         about = models.about()
         log.info("ready: %s, %s", ", ".join(about["models"]), ", ".join(about["tasks"]))
         yield
         await handler.drain()
+        if booted.store:
+            await booted.store.close()
         if models.dead:
             log.error("%s; this worker ends so that the platform replaces it", EngineDead().message)
         else:

@@ -97,6 +97,8 @@ async def answer(request: Request, job_id: str) -> AsyncIterator[Said]:
             yield event
         return
     body = json.loads(bytes(request.body)) or {}
+    if body.get("behaviour") == "limited":
+        raise RequestError("too much", status=429, code="rate_limit_exceeded", retry_after_s=7)
     if request.route == "worker":
         told = {"worker": "echo", "protocol": 1, "time": time.time(), "models": ["echo"]}
         yield Head(200, "body", "application/json")

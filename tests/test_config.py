@@ -66,6 +66,9 @@ def test_what_must_be_set_is_missed_all_at_once() -> None:
         ("MAX_TTL_S", "60", "max_ttl_s", 60),
         ("CLOCK_SKEW_S", "0", "clock_skew_s", 0),
         ("STREAM_INTERVAL_MS", "100", "stream_interval_ms", 100),
+        ("REPLAY_REDIS_URL", "redis://host", "replay_redis_url", "redis://host"),
+        ("REPLAY_REDIS_UNAVAILABLE", "Accept", "may_do_without_redis", True),
+        ("REPLAY_REDIS_UNAVAILABLE", "refuse", "may_do_without_redis", False),
         ("COMPILE_CACHE", "false", "compile_cache", False),
         ("RUNPOD_ENDPOINT_ID", "other", "endpoint_id", "other"),
         ("RUNPOD_POD_ID", "pod-1", "worker_id", "pod-1"),
@@ -104,6 +107,7 @@ def test_every_setting_is_tried_above_and_described() -> None:
         ("MAX_TTL_S", "-1", "not between"),
         ("CLOCK_SKEW_S", "3601", "not between 0 and 3600"),
         ("STREAM_INTERVAL_MS", "60001", "not between 0 and 60000"),
+        ("REPLAY_REDIS_UNAVAILABLE", "ignore", "neither refuse nor accept"),
     ],
 )
 def test_a_value_that_cannot_be_is_named_and_not_quoted(name: str, text: str, says: str) -> None:

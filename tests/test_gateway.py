@@ -202,7 +202,7 @@ class TestBadInput:
                 assert answer.headers["x-should-retry"] == "false"
             assert gateway.http.get("/health").status_code == 200
 
-    def test_only_what_was_never_a_job_may_be_tried_again(self, start: Start, echo: Echo) -> None:
+    def test_what_was_a_job_is_not_tried_again(self, start: Start, echo: Echo) -> None:
         gateway = start(CLIENT_TIMEOUT_S="0.5")
         with echo.fault("run", status=429):
             answer = gateway.http.post(CHAT, json=chat())
@@ -211,6 +211,16 @@ class TestBadInput:
         answer = gateway.http.post(CHAT, json=chat(behaviour="hang"))
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "job_timed_out")
         assert answer.headers["x-should-retry"] == "false"
+
+    def test_a_workers_own_limit_says_when_to_come_again(self, start: Start) -> None:
+        gateway = start()
+        for stream in (False, True):
+            answer = gateway.http.post(CHAT, json=chat(behaviour="limited", stream=stream))
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (429, "rate_limit_exceeded")
+            assert error["retry_after_s"] == 7
+            assert answer.headers["retry-after"] == "7"
+            assert "x-should-retry" not in answer.headers
 
 
 class TestForms:

@@ -5,6 +5,7 @@ import base64
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from client_config import ClientSettings
 from crypto import new_request
 from errors import Rejected, TruncatedAnswer
 from frames import Text
-from keys import KeyRing, generate_key
+from keys import Key, KeyRing, generate_key
 from local_runpod import LocalRunpod
 from local_runpod_queue import Job, Status
 from protocol import Request
@@ -42,6 +43,21 @@ pytestmark = pytest.mark.engine
 
 CHAT = "/v1/chat/completions"
 
+CLIENTS = (
+    ("laptop", ""),
+    ("phone", ""),
+    ("narrow", ";max_in_flight=1"),
+    ("metered", ";max_tokens_per_minute=100"),
+    ("lost", ";revoked"),
+    ("old", ";not_after=2020-01-01"),
+)
+"""The clients' keys and what goes with each."""
+
+
+def key_of(client: str, worker: RunningWorker) -> Key:
+    (key,) = (key for key in KeyRing.parse(worker.key) if key.name == client)
+    return key
+
 
 @pytest.fixture(scope="module")
 def platform() -> Iterator[LocalRunpod]:
@@ -53,9 +69,9 @@ def platform() -> Iterator[LocalRunpod]:
 def worker(
     platform: LocalRunpod, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningWorker]:
-    """A worker with two keys and room for 16 jobs, ready."""
+    """A worker with keys of several clients and room for 16 jobs, ready."""
     folder = tmp_path_factory.mktemp("worker")
-    keys = f"laptop={generate_key()},phone={generate_key()}"
+    keys = ",".join(f"{name}={generate_key()}{terms}" for name, terms in CLIENTS)
     with RunningWorker(platform, folder, key=keys, MAX_NUM_SEQS="16") as worker:
         yield worker.ready()
 
@@ -476,6 +492,99 @@ def sealed_bytes(caller: Caller, content: bytes) -> str:
     return f"1.{caller.key.id}.{ciphertext.decode()}"
 
 
+class TestClients:
+    """Several clients of one worker: what each may ask, and what one learns of another."""
+
+    def test_requests_in_flight(self, caller: Caller, worker: RunningWorker) -> None:
+        key = key_of("narrow", worker)
+        first = caller.send("generate", tokens(1900), key=key)
+        caller.first_chunk(first)
+        for route, body in (("generate", tokens(1)), (CHAT, {"model": SERVED, "messages": []})):
+            sent = caller.send(route, body, key=key)
+            fault = caller.read(sent).fault
+            assert (fault["status"], fault["code"]) == (429, "rate_limit_exceeded")
+            assert fault["type"] == "requests"
+            assert "its limit is 1 (max_in_flight)" in fault["message"]
+            assert fault["retry_after_s"] == 1
+            line = worker.job_line(sent.job_id)
+            assert (line["client"], line["outcome"]) == ("narrow", "error:rate_limit_exceeded")
+        assert caller.ask("worker", None, key=key).json()["models"] == [SERVED]
+        assert caller.ask("generate", tokens(1)).end.error is None  # another client
+        caller.cancel(first.job_id)
+        worker.job_line(first.job_id)
+        assert caller.ask("generate", tokens(1), key=key).end.error is None
+
+    def test_tokens_per_minute_of_requests_that_run_and_that_ended(
+        self, caller: Caller, worker: RunningWorker
+    ) -> None:
+        key = key_of("metered", worker)
+        running = caller.send("generate", tokens(1900), key=key)
+        job = caller.platform.jobs[running.job_id]
+        until(lambda: job.chunks_received > 100, 60, "more tokens than the limit")
+        for _ in range(2):
+            fault = caller.ask("generate", tokens(1), key=key).fault
+            assert (fault["status"], fault["type"]) == (429, "tokens")
+            (used,) = re.findall(r"has used (\d+) tokens .* limit is 100 ", fault["message"])
+            assert int(used) >= 100
+            assert 0 < fault["retry_after_s"] <= 61
+            caller.cancel(running.job_id)
+            line = worker.job_line(running.job_id)
+        assert int(line["prompt_tokens"]) > 0 and int(line["completion_tokens"]) >= 100
+        assert int(used) == int(line["prompt_tokens"]) + int(line["completion_tokens"])
+
+    @pytest.mark.parametrize("client", ["lost", "old"])
+    def test_a_key_that_is_not_good_is_rejected_like_a_strangers(
+        self, caller: Caller, worker: RunningWorker, client: str
+    ) -> None:
+        stranger = KeyRing.parse(generate_key()).first
+        seen = []
+        for key in (stranger, key_of(client, worker)):
+            sent = caller.send("generate", saying("x"), key=key)
+            assert caller.outputs(sent.job_id) == []
+            status = caller.status(sent.job_id)
+            line = worker.job_line(sent.job_id)
+            del status["id"], status["delayTime"], status["executionTime"], line["total_ms"]
+            seen.append((status, line))
+        assert seen[0] == seen[1]
+        assert seen[0][0]["error"] == Rejected.TEXT
+
+    def test_the_prefix_cache_is_each_clients_own(
+        self, caller: Caller, worker: RunningWorker
+    ) -> None:
+        """The same client hits and another one misses; so does one who brings a salt."""
+        laptop, phone = key_of("laptop", worker), key_of("phone", worker)
+        messages = [{"role": "user", "content": "A prompt of the laptop's. " * 30}]
+        bodies: dict[str, dict[str, Any]] = {
+            "generate": {"messages": messages, "sampling_params": {"max_tokens": 1}},
+            CHAT: {"model": SERVED, "messages": messages, "max_tokens": 1},
+        }
+
+        def cached(route: str, key: Key, **more: Any) -> int:
+            answered = caller.ask(route, {**bodies[route], **more}, key=key)
+            usage = answered.end.usage
+            assert usage is not None and answered.end.error is None, answered.end
+            return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+        assert cached("generate", laptop) == 0
+        assert cached("generate", laptop) > 100
+        assert cached("generate", phone) == 0
+        assert cached("generate", phone) > 100
+        # Both bring one and the same salt, which counts for nothing: each is at home already.
+        assert cached(CHAT, laptop, cache_salt="shared") > 100
+        messages[0]["content"] = "Another prompt of the laptop's. " * 30
+        assert cached(CHAT, laptop, cache_salt="shared") == 0
+        assert cached(CHAT, laptop) > 100
+        assert cached(CHAT, phone, cache_salt="shared") == 0
+
+    def test_the_log_tells_each_key(self, worker: RunningWorker) -> None:
+        for key in KeyRing.parse(worker.key):
+            (line,) = re.findall(rf"key {key.id} \(.*", worker.log)
+            assert f"({key.name})" in line
+        assert "(lost), revoked\n" in worker.log
+        assert "(old), ended 2020-01-02 00:00 UTC\n" in worker.log
+        assert "(narrow), max_in_flight 1\n" in worker.log
+
+
 class TestDelivery:
     def test_all_chunks_look_alike(self, caller: Caller) -> None:
         """Short and long answers, details, events and errors."""
@@ -541,6 +650,7 @@ class TestDelivery:
         line = worker.job_line(sent.job_id)
         assert list(line) == [
             "key",
+            "client",
             "route",
             "prompt_tokens",
             "completion_tokens",
@@ -550,7 +660,7 @@ class TestDelivery:
             "outcome",
         ]
         assert answered.end.usage is not None
-        assert line["key"] == caller.key.id
+        assert (line["key"], line["client"]) == (caller.key.id, "laptop")
         assert line["route"] == "generate"
         assert int(line["prompt_tokens"]) == answered.end.usage["prompt_tokens"]
         assert int(line["completion_tokens"]) == 7 == answered.end.usage["completion_tokens"]
