@@ -26,6 +26,8 @@ from protocol import GENERATE, Call
 
 ROOT = Path(__file__).parent.parent
 config.prepare_libraries(config.environment(), ROOT / "vllm_logging.json")
+# Bound to a core that everything else needs too, an engine can keep it for seconds.
+config.environment().setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 with warnings.catch_warnings():  # torch warns of itself while it is imported
     warnings.simplefilter("ignore")
