@@ -100,7 +100,8 @@ async def leave(callers: Callers, job: Job, question: Question, dice: random.Ran
     """A stream that is left after a few pieces, though the answer would be a long one."""
     after = dice.randrange(6)
     seen = 0
-    client = callers.openai if dice.random() < 0.3 else callers.polled
+    job.one_connection = dice.random() < 0.3
+    client = callers.openai if job.one_connection else callers.polled
     options = callers.options(job, question) if client is callers.polled else question.options
     if "max_tokens" in options:
         options = {**options, "max_tokens": LONG}
@@ -139,7 +140,8 @@ async def route(callers: Callers, job: Job, question: Question, dice: random.Ran
 
 async def route_stream(callers: Callers, job: Job, question: Question, dice: random.Random) -> str:
     """The events of OpenAI's chat route."""
-    client = callers.openai if dice.random() < 0.3 else callers.polled
+    job.one_connection = dice.random() < 0.3
+    client = callers.openai if job.one_connection else callers.polled
     limits = callers.limits(job) if client is callers.polled else {}
     body = question.body(callers.model)
     pieces: list[str] = []
@@ -157,11 +159,13 @@ async def route_stream(callers: Callers, job: Job, question: Question, dice: ran
 
 async def openai_chat(callers: Callers, job: Job, question: Question, dice: random.Random) -> str:
     """A whole answer by the platform's OpenAI route."""
+    job.one_connection = True
     return _text(await callers.openai.chat(question.prompt, **question.options))
 
 
 async def openai_stream(callers: Callers, job: Job, question: Question, dice: random.Random) -> str:
     """An answer by the platform's OpenAI route, piece by piece."""
+    job.one_connection = True
     async with callers.openai.chat(question.prompt, stream=True, **question.options) as answer:
         return "".join([delta.text async for delta in answer])
 

@@ -59,6 +59,8 @@ class Job:
     """Whether its caller, or the platform's operator, asked for its end."""
     result_lost: bool = False
     """Whether the platform was made to lose the worker's last word on it."""
+    one_connection: bool = False
+    """Whether it is asked by the OpenAI route, where nothing can be repaired from the result."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,12 @@ class Ledger:
                 return Verdict.ERROR if clock_off else Verdict.UNEXPLAINED
             case RequestError(code="already_running" | "replayed"):
                 return Verdict.ERROR
+            case MissingChunk() | TruncatedAnswer():
+                repairable = not (job.one_connection or job.result_lost)
+                return Verdict.UNEXPLAINED if repairable else Verdict.ERROR
             case EndpointNotFound() | NotOver():
                 return Verdict.UNEXPLAINED
-            case MissingChunk() | RestartedAnswer() | TruncatedAnswer() | JobError():
+            case RestartedAnswer() | JobError():
                 return Verdict.ERROR
             case SealedError():
                 return Verdict.UNEXPLAINED

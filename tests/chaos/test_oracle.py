@@ -18,6 +18,7 @@ from errors import (
     Rejected,
     RequestError,
     TamperedChunk,
+    TruncatedAnswer,
 )
 from frames import AnswerEvent, End
 from job_polled import PolledJob
@@ -42,6 +43,7 @@ def losing(run: Run) -> None:
     def without_output(body: bytes) -> bytes:
         return json.dumps({**json.loads(body), "output": []}).encode()
 
+    run.results_lost = True
     run.platform.faults.add("job-stream", drop=True, probability=0.05, seed=1)
     run.platform.faults.add("job-done", tamper=without_output)
 
@@ -169,6 +171,7 @@ async def test_an_engine_that_goes_on_is_found_out(tmp_path: Path, claim: Trials
         (EngineDead(), Verdict.UNEXPLAINED),
         (RequestError("x", code="expired"), Verdict.UNEXPLAINED),
         (RequestError("the worker failed", status=500), Verdict.UNEXPLAINED),
+        (TruncatedAnswer("x"), Verdict.UNEXPLAINED),
         (TamperedChunk("x"), Verdict.UNEXPLAINED),
         (Rejected(), Verdict.UNEXPLAINED),
         (RuntimeError("x"), Verdict.UNTYPED),
