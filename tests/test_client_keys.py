@@ -143,6 +143,11 @@ def outcome(call: Callable[[], Any]) -> str:
     return "opened"
 
 
+@pytest.mark.claim(
+    "clients.revoked",
+    "A key that was revoked, has ended or is not good yet opens nothing, and nobody can tell it "
+    "from one that the worker does not have; while a rotation overlaps, old and new key work.",
+)
 @pytest.mark.parametrize("option", UNUSABLE)
 def test_a_key_that_is_not_good_is_like_one_that_is_not_there(option: str) -> None:
     (key,) = KeyRing.parse(f"laptop={KEY}")
@@ -186,12 +191,14 @@ def slowdown(option: str) -> float:
     return statistics.median(times[unknown]) / statistics.median(times[known])
 
 
+@pytest.mark.claim("clients.revoked")
 def test_neither_does_it_answer_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.5 < slowdown("revoked") < 2
     monkeypatch.setattr(RequestOpener, "_open", too_soon)
     assert slowdown("revoked") > 5
 
 
+@pytest.mark.claim("clients.revoked")
 def test_revoked_keys_are_opened_by_a_weakened_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the tests above can fail."""
     monkeypatch.setattr(KeyTerms, "good_at", lambda *_: True)
@@ -199,6 +206,7 @@ def test_revoked_keys_are_opened_by_a_weakened_copy(monkeypatch: pytest.MonkeyPa
     assert outcome(lambda: opener(f"{KEY};revoked").open(sealed(key))) == "opened"
 
 
+@pytest.mark.claim("clients.revoked")
 def test_rotation_overlaps_and_then_ends() -> None:
     old, new = generate_key(), generate_key()
     ring = f"laptop={old};not_after=2026-11-07,laptop={new};not_before=2026-11-01"
@@ -242,6 +250,11 @@ class Asking:
         return error
 
 
+@pytest.mark.claim(
+    "clients.limits",
+    "No client has more requests in flight, or begins one after more tokens within a minute, than "
+    "its key allows.",
+)
 def test_requests_in_flight() -> None:
     asking = Asking()
     first, _ = asking.enter("max_in_flight=2"), asking.enter("max_in_flight=2")
@@ -255,6 +268,7 @@ def test_requests_in_flight() -> None:
     asking.refusal("max_in_flight=2")
 
 
+@pytest.mark.claim("clients.limits")
 def test_tokens_within_a_minute() -> None:
     asking = Asking()
     limit = "max_tokens_per_minute=100"
@@ -272,6 +286,7 @@ def test_tokens_within_a_minute() -> None:
     assert asking.refusal(limit).retry_after_s == 61
 
 
+@pytest.mark.claim("clients.limits")
 def test_running_requests_count_as_they_go() -> None:
     asking = Asking()
     limit = "max_tokens_per_minute=100"

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.engine
 
 
 @contextmanager
-def started(folder: Path, name: str, **settings: str) -> Iterator[RunningWorker]:
+def started(folder: Path, name: str, **settings: Any) -> Iterator[RunningWorker]:
     """Start a worker whose home, and so its local disk, is new."""
     with (
         LocalRunpod() as platform,

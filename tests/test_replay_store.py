@@ -19,6 +19,7 @@ from errors import ConfigError, RequestError
 from keys import KeyRing, generate_key
 from replay_guard import ReplayGuard
 from replay_store import ReplayStore
+from tests.claims import Trials
 from tests.redis_server import PASSWORD, RedisServer
 
 LEASE_S, RENEW_S = 1.0, 0.2
@@ -90,6 +91,11 @@ async def answered_elsewhere(server: RedisServer) -> str:
         return "ran"
 
 
+@pytest.mark.claim(
+    "requests.shared_replay",
+    "With a shared store (a real Redis) a request that one worker answered runs on no other, and "
+    "of many deliveries at once one runs.",
+)
 async def test_a_request_that_one_worker_answered_is_refused_by_another(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,7 +106,8 @@ async def test_a_request_that_one_worker_answered_is_refused_by_another(
     assert await answered_elsewhere(server) == "ran"
 
 
-async def test_of_many_at_once_one_runs(server: RedisServer) -> None:
+@pytest.mark.claim("requests.shared_replay")
+async def test_of_many_at_once_one_runs(server: RedisServer, claim: Trials) -> None:
     """Twenty deliveries to two workers; each that begins takes its time and is answered."""
     ran = 0
 
@@ -117,7 +124,7 @@ async def test_of_many_at_once_one_runs(server: RedisServer) -> None:
 
     async with worker(server) as one, worker(server) as two:
         outcomes = await asyncio.gather(*(deliver(store) for store in (one, two) * 10))
-    assert ran == 1
+    claim.trials(20, ran - 1)
     assert sorted(outcomes) == ["answered", *["replayed"] * 19]
 
 
@@ -143,6 +150,7 @@ async def test_a_clock_that_jumps_ahead_ends_no_mark_early(server: RedisServer) 
 # Retries ----------------------------------------------------------------------------------
 
 
+@pytest.mark.claim("requests.retry")
 async def test_a_retry_after_a_worker_died_runs_when_the_lease_is_over(
     server: RedisServer,
 ) -> None:
@@ -205,6 +213,11 @@ async def test_a_worker_that_stood_still_neither_ends_nor_shortens_another_ones_
 # A store that is not there -------------------------------------------------------------------
 
 
+@pytest.mark.claim(
+    "requests.store_gone",
+    "While the shared store is gone, or does not answer, requests are refused, "
+    "and run once when it is back.",
+)
 async def test_while_the_store_is_gone_requests_are_refused(
     server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -226,6 +239,7 @@ async def test_while_the_store_is_gone_requests_are_refused(
     assert PASSWORD not in caplog.text
 
 
+@pytest.mark.claim("requests.store_gone")
 async def test_a_store_that_does_not_answer_is_waited_for_no_longer_than_said(
     server: RedisServer,
 ) -> None:
