@@ -23,6 +23,7 @@ from client_config import ClientSettings
 from crypto import new_request
 from errors import Rejected, TruncatedAnswer
 from frames import Text
+from hpke import HpkePrivateKey
 from keys import Key, KeyRing, generate_key
 from local_runpod import LocalRunpod
 from local_runpod_queue import Job, Status
@@ -42,6 +43,7 @@ from tests.workers import (
 pytestmark = pytest.mark.engine
 
 CHAT = "/v1/chat/completions"
+HPKE_KEY = HpkePrivateKey.generate()
 
 CLIENTS = (
     ("laptop", ""),
@@ -69,10 +71,17 @@ def platform() -> Iterator[LocalRunpod]:
 def worker(
     platform: LocalRunpod, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningWorker]:
-    """A worker with keys of several clients and room for 16 jobs, ready."""
+    """A worker with keys of several clients, a pair that need not be used, and room for 16 jobs."""
     folder = tmp_path_factory.mktemp("worker")
     keys = ",".join(f"{name}={generate_key()}{terms}" for name, terms in CLIENTS)
-    with RunningWorker(platform, folder, key=keys, MAX_NUM_SEQS="16") as worker:
+    with RunningWorker(
+        platform,
+        folder,
+        key=keys,
+        MAX_NUM_SEQS="16",
+        HPKE_PRIVATE_KEY=HPKE_KEY.text,
+        ALLOW_WITHOUT_HPKE="true",
+    ) as worker:
         yield worker.ready()
 
 
@@ -101,6 +110,24 @@ class TestSealed:
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
         timings = answered.end.timings
         assert 0 <= timings["queue_ms"] <= timings["first_token_ms"] <= timings["total_ms"]
+
+    def test_public_key_mode(self, caller: Caller, worker: RunningWorker) -> None:
+        settings = ClientSettings(
+            caller.platform.endpoint_id,
+            caller.platform.api_key,
+            worker.key,
+            caller.platform.base_url,
+            hpke_public_key=HPKE_KEY.public.text,
+        )
+        with Client(settings) as client, client.chat("Hi", stream=True, max_tokens=20) as stream:
+            assert "".join(delta.text for delta in stream) == stream.answer().text
+        line = worker.job_line(stream.job_id)
+        assert (line["key"], line["outcome"]) == (caller.key.id, "done")
+        assert f"public key {HPKE_KEY.public.id}" in worker.log
+        assert "ALLOW_WITHOUT_HPKE: sealed requests without" in worker.log
+        assert HPKE_KEY.text not in worker.log
+        for process in worker.processes():
+            assert HPKE_KEY.text.encode() not in Path(f"/proc/{process.pid}/environ").read_bytes()
 
     def test_not_streamed(self, caller: Caller) -> None:
         answered = caller.ask("generate", {**saying(LONG_TEXT), "stream": False})
