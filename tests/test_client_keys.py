@@ -1,6 +1,6 @@
 """Keys of several clients: their options, their dates, what a refusal shows, and their limits.
 
-What the real engine adds, the prefix cache and real usage, is in test_worker_clients.py.
+What the real engine adds, the prefix cache and real usage, is in test_worker.py.
 """
 
 import re

@@ -1,6 +1,6 @@
 """What workers remember together, on a real redis-server; two stores stand for two workers.
 
-Two real workers with it are in test_worker_faults.py.
+Two workers as processes are in test_replay_workers.py.
 """
 
 import asyncio
