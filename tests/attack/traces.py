@@ -119,8 +119,8 @@ class Traces:
         """Note what /proc shows of each process now; what it does not show is fine too."""
         for process in self.worker.processes():
             folder = Path(f"/proc/{process.pid}")
-            with contextlib.suppress(OSError):
-                for name in ("cmdline", "environ", "comm"):
+            for name in ("cmdline", "environ", "comm"):
+                with contextlib.suppress(OSError):
                     self.shown[f"{name} of {process.pid}"] = (folder / name).read_bytes()
             with contextlib.suppress(OSError):
                 limits = (folder / "limits").read_text()
