@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup clients model demo demo-gateway test run lint attack chaos bench bench-cold contract pins clean
+.PHONY: help setup clients model demo demo-gateway test run lint attack chaos bench bench-cold contract image-test pins clean
 
 PYTHON ?=
 export PYTHON
@@ -70,6 +70,12 @@ contract: model ## run the engine's tests on each vLLM that is supported
 		failed="$$failed $$version"; \
 	done; \
 	[ -z "$$failed" ] || { echo "contract: failed on vLLM$$failed"; exit 1; }
+
+image-test: model ## build the CPU image with buildah, and ask the worker in it (root; Linux)
+	@if tools/setup_image.sh .cache/image; then \
+		$(PY) tools/tiny_models.py && $(PY) tools/image_build.py && \
+		unshare --net $(PY) tools/assurance.py image-test -v $(ARGS); \
+	else echo "image-test: skipped, see above"; fi
 
 pins: setup ## bind requirements/constraints.txt to what is installed now
 	@{ echo "# The versions of what is installed only because something else needs it, so that nothing"; \

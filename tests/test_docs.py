@@ -228,8 +228,8 @@ def test_files_and_targets_that_are_named_exist(page: str) -> None:
             list(ROOT.glob(name.rstrip("/"))) for name in (name, f"tests/{name}", f"tools/{name}")
         )
         assert found, name
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for target in re.findall(r"(?:`|^)make ([a-z]+)", page, re.MULTILINE):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", page, re.MULTILINE):
         assert target in targets, target
 
 

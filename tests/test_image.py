@@ -1,6 +1,7 @@
-"""What the image's build runs, where it can be run without building one."""
+"""What the image's build runs, where it can be run without building one: tests/image does that."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,12 @@ from tests.hub import Hub
 from tests.test_utils import MODEL, NEEDED
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_image_is_built_on_the_vllm_that_the_tests_run_with() -> None:
+    base = re.search(r"^ARG BASE=vllm/vllm-openai:v(.+)$", (ROOT / "Dockerfile").read_text(), re.M)
+    cpu = (ROOT / "requirements" / "engine-cpu.txt").read_text()
+    assert base and f"\nvllm-cpu=={base[1]}\n" in cpu
 
 
 def test_a_model_baked_into_the_image_needs_no_network(tmp_path: Path) -> None:

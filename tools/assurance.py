@@ -1,6 +1,6 @@
 """Runs a suite of claims, prints what held and what did not, and keeps docs/assurance.md.
 
-    tools/assurance.py attack|chaos [pytest's arguments]
+    tools/assurance.py attack|chaos|image-test [pytest's arguments]
 
 A claim is a test (or several) marked `@pytest.mark.claim("id", "statement")`; tests/claims.py
 counts its trials. What is kept of a run is docs/assurance.jsonl, a line per claim, and the page
@@ -27,6 +27,7 @@ PAGE = ROOT / "docs" / "assurance.md"
 SUITES = {
     "attack": "What a hostile platform, sender or reader tries.",
     "chaos": "What a platform and machines that fail may do to an answer.",
+    "image-test": "What the image holds, and how the worker runs in it.",
 }
 
 
@@ -83,7 +84,7 @@ def declared() -> dict[str, Declared]:
 
 def suite_of(path: Path) -> str:
     """Return the suite that a test's file belongs to."""
-    return "chaos" if path.parent.name == "chaos" else "attack"
+    return {"chaos": "chaos", "image": "image-test"}.get(path.parent.name, "attack")
 
 
 def _marks(path: Path) -> Iterator[tuple[str, str]]:
@@ -150,9 +151,9 @@ def page(claims: Sequence[Claim]) -> str:
     lines = [
         "# What was tried, and what held",
         "",
-        "Written by `make attack` and `make chaos` from `docs/assurance.jsonl`, not by hand. A",
-        "claim that failed when it was last tried is shown as failed; one that was never tried",
-        "says so. What the claims are about is in [SECURITY.md](../SECURITY.md).",
+        "Written by `make attack`, `make chaos` and `make image-test` from `docs/assurance.jsonl`,",
+        "not by hand. A claim that failed when it was last tried is shown as failed; one that was",
+        "never tried says so. What the claims are about is in [SECURITY.md](../SECURITY.md).",
     ]
     for suite, about in SUITES.items():
         rows = [claim for claim in claims if claim.suite == suite]
