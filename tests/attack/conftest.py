@@ -28,6 +28,7 @@ def shown(claim: Trials, monkeypatch: pytest.MonkeyPatch) -> Shown:
     async def show(attack: Callable[[], Awaitable[Tried]], weakening: Weakening) -> None:
         with monkeypatch.context() as patch:
             weakening(patch)
+            patch.setattr(World, "weakened", True)
             honest = await World().ask(ANSWER, streamed=True)
             assert honest.text == ANSWER, "the weakened copy does not work at all"
             tried, succeeded = await attack()

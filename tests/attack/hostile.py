@@ -197,6 +197,8 @@ class World:
     """A client, a platform and a worker that share a key."""
 
     public_key_mode = False
+    weakened = False
+    """Whether a copy is attacked that is weakened: one success is enough."""
 
     def __init__(self) -> None:
         self.key_text = generate_key()

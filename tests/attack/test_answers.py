@@ -46,6 +46,8 @@ async def play(
             tried += 1
             deceived += outcome.deceives(*(honest or (ANSWER,)))
             left = (len(made) if left is None else left) - 1
+            if deceived and World.weakened:
+                return tried, deceived
     return tried, deceived
 
 
@@ -145,6 +147,8 @@ async def test_flipped(claim: Trials, shown: Shown) -> None:
             world.platform.to_client = spoil
             outcome = await world.ask(ANSWER, streamed=True)
             believed += not isinstance(outcome.error, AnswerError) or outcome.deceives(ANSWER)
+            if believed and World.weakened:
+                break
         return len(places), believed
 
     await shown(attack, weakened.unauthenticated)

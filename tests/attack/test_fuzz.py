@@ -269,7 +269,7 @@ async def test_chunks(claim: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
             found = await fuzz_chunks(World(), seed, 4_000, to_first=True)
             assert found.faults, f"{weakening.__name__} was not noticed"
     monkeypatch.setattr(World, "public_key_mode", claim.full and bool(seed % 2))
-    found = await fuzz_chunks(World(), seed, claim.count(150, 13_000))
+    found = await fuzz_chunks(World(), seed, claim.count(150, 12_600))
     assert found.longest_s < HANG_S, f"seed {seed}: it hung for {found.longest_s:.1f} s"
     print(f"seed {seed}: {found.faults[:5]}")
     claim.trials(found.tried, len(found.faults))
@@ -287,6 +287,6 @@ async def test_payloads(claim: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
         weakened.naive(patch)
         found = await fuzz_payloads(World(), seed, 150)
         assert found.faults, "a client that believes everything was not noticed"
-    found = await fuzz_payloads(World(), seed, claim.count(150, 3_000))
+    found = await fuzz_payloads(World(), seed, claim.count(150, 1_000))
     print(f"seed {seed}: {found.faults[:5]}")
     claim.trials(found.tried, len(found.faults))
