@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.ensemble import ExtraTreesClassifier
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import cross_val_predict, train_test_split
 
 _SEEN_CHUNKS = 64
 _DEALT = 5000
@@ -25,19 +25,23 @@ class Seen:
     times_s: list[float]
     """Since the worker was given the job."""
 
-    def features(self) -> list[float]:
-        """Return what the classifier is given: sizes, gaps and times in order, and their sums."""
-        sizes = np.zeros(_SEEN_CHUNKS)
-        times = np.zeros(_SEEN_CHUNKS)
-        gaps = np.zeros(_SEEN_CHUNKS)
-        count = min(len(self.sizes), _SEEN_CHUNKS)
-        sizes[:count] = self.sizes[:count]
-        times[:count] = self.times_s[:count]
-        gaps[:count] = np.diff(self.times_s[:count], prepend=0)
-        every = np.diff(self.times_s, prepend=0)
-        sums = [len(self.sizes), sum(self.sizes), self.times_s[-1]]
-        spread = [*np.quantile(every, (0.1, 0.5, 0.9)), every.std(), np.std(self.sizes)]
-        return [*sizes, *times, *gaps, *sums, *map(float, spread)]
+
+def _features(seen: Sequence[Seen]) -> list[Any]:
+    """Return what a classifier may be given: sizes alone, times alone, or both."""
+    sizes = np.array([_first(one.sizes) for one in seen])
+    kinds = np.unique(sizes)
+    counts = np.array([[(row == kind).sum() for kind in kinds] for row in sizes])
+    times = np.array([_first(one.times_s) for one in seen])
+    gaps = np.diff(times, prepend=0)
+    sums = np.array([[len(one.sizes), sum(one.sizes), one.times_s[-1]] for one in seen])
+    by_size = np.hstack([sizes, counts, sums[:, :2]])
+    by_time = np.hstack([times, gaps, np.quantile(gaps, (0.1, 0.5, 0.9), axis=1).T, sums[:, 2:]])
+    return [by_size, by_time, np.hstack([by_size, by_time])]
+
+
+def _first(values: Sequence[float]) -> list[float]:
+    """Return as many for each answer."""
+    return [*values[:_SEEN_CHUNKS], *[0.0] * (_SEEN_CHUNKS - len(values))]
 
 
 @dataclass(frozen=True)
@@ -59,18 +63,26 @@ class Guessed:
 def guess(seen: Sequence[Seen], seed: int = 0) -> Guessed:
     """Train on half of each topic's answers, and judge what is guessed of the others.
 
+    What the classifier looks at is what serves it best among the first half.
     The labels of these are independent of the guesses if the features tell nothing, so dealing
     them anew shows what chance is.
     """
-    features = np.array([one.features() for one in seen])
     _, labels = np.unique([one.topic for one in seen], return_inverse=True)
     known, unknown = train_test_split(
         range(len(seen)), test_size=0.5, stratify=labels, random_state=seed
     )
-    forest = ExtraTreesClassifier(500, min_samples_leaf=2, random_state=seed)
+    forest = ExtraTreesClassifier(200, min_samples_leaf=2, random_state=seed)
+
+    def told(features: Any) -> float:
+        """Return how well these features do among the answers that are known."""
+        guesses = cross_val_predict(
+            forest, features[known], labels[known], cv=3, method="predict_proba"
+        )
+        return _auprc(labels[known], _best_first(guesses))
+
+    features = max(_features(seen), key=told)
     forest.fit(features[known], labels[known])
-    # Best guesses first, topic by topic.
-    order = np.argsort(-forest.predict_proba(features[unknown]), axis=0, kind="stable")
+    order = _best_first(forest.predict_proba(features[unknown]))
     truth = labels[unknown]
     generator = np.random.default_rng(seed)
     dealt = [_auprc(generator.permutation(truth), order) for _ in range(_DEALT)]
@@ -80,6 +92,11 @@ def guess(seen: Sequence[Seen], seed: int = 0) -> Guessed:
     return Guessed(
         found, float(np.mean(dealt)), float(low), float(high), (1 + as_well) / (1 + _DEALT)
     )
+
+
+def _best_first(scores: Any) -> Any:
+    """Return for each topic the answers, those first that are likeliest of it."""
+    return np.argsort(-scores, axis=0, kind="stable")
 
 
 def _auprc(truth: Any, order: Any) -> float:
