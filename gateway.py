@@ -31,6 +31,7 @@ import gateway_page
 import gateway_vapi
 import gateway_voice
 import log_guard
+import process_hygiene
 from client import AsyncClient, versions
 from errors import ConfigError, RequestError, SealedError
 from gateway_admin import Admin
@@ -212,6 +213,7 @@ def banner(status: dict[str, object]) -> str:
 
 def run(settings: GatewaySettings) -> int:
     """Serve until SIGINT or SIGTERM and return the exit code; ConfigError where it cannot."""
+    process_hygiene.seal_off()
     log_guard.install()
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_serve(settings))

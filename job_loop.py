@@ -2,21 +2,22 @@
 
 `runpod` 1.12 has no hook that runs inside its event loop before the first job,
 looks for taken jobs ten times a second, loses a job that arrives after SIGTERM,
-and runs a job twice that is delivered twice. `JobLoop` is its `JobScaler` with
-these four mended; taking, posting, cancelling and pinging stay the SDK's. Knows
-nothing of engines or of encryption.
+runs a job twice that is delivered twice, and asks without a pause for jobs where
+nobody listens. `JobLoop` is its `JobScaler` with these five mended; taking, posting,
+cancelling and pinging stay the SDK's. Knows nothing of engines or of encryption.
 """
 
 import asyncio
+import contextlib
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import runpod
-from runpod.http_client import AsyncClientSession
-from runpod.serverless.modules import rp_scale
+from runpod.http_client import AsyncClientSession, TooManyRequests
+from runpod.serverless.modules import rp_fitness, rp_job, rp_scale
 
 TAKE_GRACE_S = 2.0
 """After SIGTERM: how long the poll for jobs may still deliver one, before it is given up."""
@@ -26,15 +27,26 @@ FAILURE_GRACE_S = 5.0
 
 HEALTH_INTERVAL_S = 0.25
 
+FIRST_PAUSE_S = 0.25
+LONGEST_PAUSE_S = 8.0
+"""Between two polls that failed: the pause doubles from the first to the longest."""
+
 
 @dataclass(frozen=True)
 class Worker:
-    """What the loop runs: `lifespan` surrounds all jobs inside the loop, `failed` ends it."""
+    """What the loop runs: `lifespan` surrounds all jobs inside the loop, `failed` ends it.
+
+    `fitness` is checked before there is a loop: what one raises is told to the platform, and ends
+    the process with 1 at once.
+    """
 
     handler: Callable[[dict[str, Any]], AsyncIterator[Any]]
     lifespan: Callable[[], AbstractAsyncContextManager[None]]
     failed: Callable[[], bool]
     max_concurrency: int
+    fitness: Sequence[Callable[[], None]] = ()
+    connected: Callable[[], None] = lambda: None
+    """Called when the SDK has read all that it reads of the environment."""
 
 
 def run(worker: Worker) -> bool:
@@ -45,6 +57,8 @@ def run(worker: Worker) -> bool:
         loops.append(JobLoop(config, worker))
         return loops[-1]
 
+    for check in worker.fitness:
+        runpod.serverless.register_fitness_check(check)
     rp_scale.JobScaler = job_scaler
     runpod.serverless.start({"handler": worker.handler, "return_aggregate_stream": True})
     return any(loop.failed for loop in loops)
@@ -62,13 +76,16 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         self.current_concurrency = worker.max_concurrency
         self.concurrency_modifier = lambda _: self.current_concurrency
         self.jobs_queue: asyncio.Queue[Any] = asyncio.Queue(maxsize=self.current_concurrency)
+        self.jobs_fetcher = self._fetch
+        self._pause_s = FIRST_PAUSE_S
 
     async def run(self) -> None:
         """Take and run jobs inside the worker's lifespan until it is told to stop."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.kill_worker)
-        async with self._worker.lifespan(), AsyncClientSession() as session:
+        async with self._started(), AsyncClientSession() as session:
+            self._worker.connected()
             take = asyncio.create_task(self.get_jobs(session))
             stop = asyncio.create_task(self.monitor_stop_signals(session))
             jobs = asyncio.create_task(self.run_jobs(session))
@@ -83,6 +100,30 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
             for task in (jobs, stop, watch):
                 task.cancel()
             await asyncio.gather(jobs, stop, watch, return_exceptions=True)
+
+    @contextlib.asynccontextmanager
+    async def _started(self) -> AsyncIterator[None]:
+        """Enter the worker's lifespan; that it cannot be entered is told like a failed check."""
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(self._worker.lifespan())
+            except Exception as error:
+                rp_fitness._report_unhealthy("engine_answers", type(error).__name__)
+                raise
+            yield
+
+    async def _fetch(self, session: Any, jobs_needed: int) -> Any:
+        """Take jobs; after a failure pause, longer each time, before the SDK asks again."""
+        try:
+            jobs = await rp_job.get_job(session, jobs_needed)
+        except (asyncio.CancelledError, TimeoutError, TooManyRequests):  # the SDK pauses by itself
+            raise
+        except Exception:
+            await asyncio.sleep(self._pause_s)
+            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+            raise
+        self._pause_s = FIRST_PAUSE_S
+        return jobs
 
     async def run_jobs(self, session: Any) -> None:
         """Start every job the moment it is taken, until none can come, and wait for all."""

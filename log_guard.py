@@ -1,4 +1,4 @@
-"""Keeps prompts and answers out of logs, tracebacks and core dumps of this process and vLLM's.
+"""Keeps prompts and answers out of logs and tracebacks of this process and vLLM's.
 
 Owns the filter that every log record of vLLM passes (`vllm_logging.json` names it,
 so vLLM's child processes install it too) and the hooks for uncaught exceptions.
@@ -9,7 +9,6 @@ import contextlib
 import contextvars
 import logging
 import os
-import resource
 import signal
 import sys
 import threading
@@ -92,8 +91,7 @@ def describe(kind: type[BaseException] | None, trace: TracebackType | None) -> s
 
 
 def install() -> None:
-    """Guard this process: hooks, root logger, core dumps; children die with it."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    """Guard this process: hooks and root logger; children die with it."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s%(job)s")

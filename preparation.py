@@ -33,6 +33,7 @@ import log_guard
 import machine_memory
 import model_fit
 import model_prefetch
+import process_hygiene
 import utils
 from errors import ModelError
 from readiness import Facts, Readiness, timed
@@ -203,6 +204,7 @@ def _end_with_worker() -> None:
 
 
 def _child() -> None:
+    process_hygiene.seal_off()
     log_guard.install_in_child()
     job = json.loads(sys.stdin.readline())
     channel = _Channel(os.fdopen(os.dup(1), "w"))

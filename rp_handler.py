@@ -24,7 +24,10 @@ from typing import Any
 import psutil
 
 import config
+import engine_tasks
+import fitness
 import log_guard
+import process_hygiene
 from attempts import Attempt, Store
 from base_models import Run
 from boot import Booted, boot
@@ -48,7 +51,9 @@ from protocol import (
 )
 from replay_guard import ReplayGuard
 from replies import PlaintextReply, Reply, SealedReply, SimpleReply, rejection
+from request_bounds import Bounds, default_max_choices
 from simple_form import open_simple
+from start_attempts import StartAttempts
 
 VERSION = "0.1.0"
 
@@ -118,6 +123,11 @@ class Handler:
         self._guard = ReplayGuard(clock_skew_s=settings.clock_skew_s)
         self._store = store
         self._limits = ClientLimits()
+        self._bounds = Bounds(
+            settings.max_request_bytes,
+            settings.max_choices or default_max_choices(models.max_concurrency),
+            settings.max_inputs,
+        )
         # Clients must not be able to guess another one's salt.
         self._salt = os.urandom(16).hex()
         self._closing: set[asyncio.Task[None]] = set()
@@ -242,6 +252,9 @@ class Handler:
                 state.place.cost = lambda: state.tokens().get("total_tokens", 0)
             if asked.call.route == WORKER:
                 yield self._worker(asked.call)
+            elif refusal := self._refused(asked.call):
+                refused = _refusal(refusal)
+                yield refusal
             else:
                 until = asked.expires_at + self._settings.clock_skew_s
                 state.run = self._models.run(
@@ -257,6 +270,17 @@ class Handler:
             state.outcome = f"error:{refused}" if refused else "done"
         except Exception as error:
             yield [self._failure(error, state)]
+
+    def _refused(self, call: Call) -> list[AnswerEvent]:
+        """Return the answer to a call that asks for too much, nothing for any other."""
+        try:
+            self._bounds.check(call)
+        except RequestError as error:
+            if call.route == GENERATE:
+                raise
+            body = json.dumps(engine_tasks.refusal(error, call.route)).encode()
+            return [Head(error.status, "body", "application/json"), Body(body), End(None, {})]
+        return []
 
     def _failure(self, error: Exception, state: _Job) -> End:
         """Return the end of an answer that went wrong, and note its outcome."""
@@ -349,15 +373,35 @@ def _is_end(batch: list[AnswerEvent]) -> bool:
 def main() -> int:
     """Run the worker until it is told to stop; return its exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    process_hygiene.seal_off()
     environ = config.environment()
     here = Path(__file__).resolve().parent
     config.prepare_libraries(environ, here / "vllm_logging.json")
     log_guard.install()
+    taken = config.take_secrets(environ)
+    own, _ = config.read_for_models(taken)
+    attempts = StartAttempts(own.failing, own.endpoint_id, own.worker_id)
+    temporary = process_hygiene.TemporaryFolder(environ.get("TMPDIR"))
     try:
-        return serve(boot(config.take_secrets(environ)))
+        config.prepare_temporary(environ, temporary.path)
+        attempts.begin(log)
+        booted = boot(taken, attempts)
+        config.lend_api_key(environ, taken)
+        return serve(booted)
+    except SystemExit:  # SIGTERM before there was a loop to tell
+        attempts.withdraw()
+        raise
     except (ConfigError, ModelError) as error:
         log.error("the worker cannot start:\n%s", str(error))
+        attempts.failed(f"{type(error).__name__}: {error}", log)
         return 1
+    except Exception as error:
+        attempts.failed(type(error).__name__, log)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        end_children()
+        temporary.remove()
 
 
 def serve(booted: Booted) -> int:
@@ -392,6 +436,13 @@ def serve(booted: Booted) -> int:
             lifespan=lifespan,
             failed=lambda: models.dead,
             max_concurrency=handler.max_concurrency,
+            fitness=fitness.checks(
+                booted.keys,
+                booted.settings.endpoint_id,
+                booted.model_files,
+                lambda: models.dead,
+            ),
+            connected=lambda: config.withdraw_api_key(config.environment()),
         )
     )
     return 1 if failed else 0
@@ -421,11 +472,10 @@ def _run() -> int:
 
 if __name__ == "__main__":
     code = _run()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    end_children()
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads of the engine and the SDK must not be able to hold a worker that has ended.
     os._exit(code)
 elif __name__ == "__mp_main__":  # a process of vLLM's, started anew with this file
+    process_hygiene.seal_off()
     log_guard.install_in_child()

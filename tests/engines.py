@@ -34,7 +34,7 @@ with warnings.catch_warnings():  # torch warns of itself while it is imported
     import vllm
 
     from engine import Engine as Engine
-    from engine import Run as Run  # vLLM reads the environment when it is imported
+    from engine_run import Run as Run  # vLLM reads the environment when it is imported
 
 DEMO = ROOT / "models" / "SmolLM2-135M-Instruct"
 TINY = ROOT / "models" / "tiny-llama"

@@ -3,8 +3,8 @@
 Its arguments: a folder, its number of slots, and `mended` or `sdk`. It notes in the
 folder's `notes` what happens, one line each, and does what files of the folder tell
 it: with `fail-start` it fails to start, with `dead` its engine counts as dead, while
-`hold` is there jobs wait and while `hold-start` is there the start does. `told` is there
-once it is told to stop.
+`unfit` is there it is not fit to serve, while `hold` is there jobs wait and while
+`hold-start` is there the start does. `told` is there once it is told to stop.
 """
 
 import asyncio
@@ -67,6 +67,13 @@ async def lifespan() -> AsyncIterator[None]:
     note("stopped")
 
 
+def fit() -> None:
+    """Stand in for what is checked before there is a loop."""
+    note("checked")
+    if there("unfit"):
+        raise ConfigError(["told to be unfit"])
+
+
 class ToldLoop(job_loop.JobLoop):
     """The product's loop, which makes the file `told` when it has been told to stop."""
 
@@ -103,6 +110,8 @@ if __name__ == "__main__":
             lifespan=lifespan,
             failed=lambda: there("dead"),
             max_concurrency=slots,
+            fitness=[fit],
+            connected=lambda: note("connected"),
         )
     )
     sys.exit(3 if failed else 0)

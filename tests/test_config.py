@@ -69,6 +69,11 @@ def test_what_must_be_set_is_missed_all_at_once() -> None:
         ("REPLAY_REDIS_URL", "redis://host", "replay_redis_url", "redis://host"),
         ("REPLAY_REDIS_UNAVAILABLE", "Accept", "may_do_without_redis", True),
         ("REPLAY_REDIS_UNAVAILABLE", "refuse", "may_do_without_redis", False),
+        ("MAX_REQUEST_BYTES", "1024", "max_request_bytes", 1024),
+        ("MAX_CHOICES", "1", "max_choices", 1),
+        ("MAX_INPUTS", "10", "max_inputs", 10),
+        ("MAX_QUEUE_S", "0", "max_queue_s", 0),
+        ("ENGINE_STUCK_S", "30", "engine_stuck_s", 30),
         ("COMPILE_CACHE", "false", "compile_cache", False),
         ("RUNPOD_ENDPOINT_ID", "other", "endpoint_id", "other"),
         ("RUNPOD_POD_ID", "pod-1", "worker_id", "pod-1"),
@@ -108,6 +113,8 @@ def test_every_setting_is_tried_above_and_described() -> None:
         ("CLOCK_SKEW_S", "3601", "not between 0 and 3600"),
         ("STREAM_INTERVAL_MS", "60001", "not between 0 and 60000"),
         ("REPLAY_REDIS_UNAVAILABLE", "ignore", "neither refuse nor accept"),
+        ("MAX_REQUEST_BYTES", "1023", "not between 1024 and 15728640"),
+        ("MAX_CHOICES", "0", "not between 1 and 16384"),
     ],
 )
 def test_a_value_that_cannot_be_is_named_and_not_quoted(name: str, text: str, says: str) -> None:
@@ -209,8 +216,14 @@ def test_secrets_are_in_no_repr() -> None:
 def test_secrets_are_taken_out_of_an_environment() -> None:
     secrets = ("ENCRYPTION_KEY", "HPKE_PRIVATE_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
     environ = {**dict.fromkeys(secrets, "secret"), "PATH": "p"}
+    environ |= {"RUNPOD_AI_API_KEY": "a", "RUNPOD_API_KEY": "b"}
     before = dict(environ)
-    assert config.take_secrets(environ) == before
+    taken = config.take_secrets(environ)
+    assert taken == before
+    assert environ == {"PATH": "p"}
+    config.lend_api_key(environ, taken)
+    assert environ == {"PATH": "p", "RUNPOD_AI_API_KEY": "a"}
+    config.withdraw_api_key(environ)
     assert environ == {"PATH": "p"}
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -75,7 +76,7 @@ class LoopWorker:
 
 @pytest.fixture
 def platform() -> Iterator[LocalRunpod]:
-    with LocalRunpod(hold_s=3, stream_hold_s=3) as platform:
+    with LocalRunpod(hold_s=3, stream_hold_s=3, record_bytes=10**6) as platform:
         yield platform
 
 
@@ -101,18 +102,30 @@ def test_no_job_is_taken_before_the_start_is_complete(
         assert status(platform, job) is Status.IN_QUEUE
         worker.tell("hold-start", on=False)
         assert caller.outputs(job) == ["first", "last"]
-        assert worker.notes == ["starting", "started", f"began {job}", f"ended {job}"]
+        began = ["checked", "starting", "started", "connected"]
+        assert worker.notes == [*began, f"began {job}", f"ended {job}"]
 
 
-def test_a_start_that_fails_takes_nothing(
-    platform: LocalRunpod, caller: Caller, tmp_path: Path
+@pytest.mark.parametrize(
+    ("fault", "check", "notes"),
+    [("unfit", "fit", ["checked"]), ("fail-start", "engine_answers", ["checked", "starting"])],
+)
+def test_a_start_that_fails_takes_nothing_and_is_told(
+    caller: Caller, platform: LocalRunpod, tmp_path: Path, fault: str, check: str, notes: list[str]
 ) -> None:
     job = caller.submit({})
-    (tmp_path / "fail-start").touch()
+    (tmp_path / fault).touch()
     with LoopWorker(platform, tmp_path) as worker:
         assert worker.process.wait(60) == 1
+        assert worker.notes == notes
         assert not platform.workers["pod-1"].ready
     assert status(platform, job) is Status.IN_QUEUE
+    told = {
+        exchange.path
+        for exchange in platform.exchanged
+        if "status=unhealthy" in exchange.path and f"check={check}" in exchange.path
+    }
+    assert len(told) == 1
 
 
 def test_sigterm_during_the_start_takes_nothing_and_ends_with_0(
@@ -126,7 +139,7 @@ def test_sigterm_during_the_start_takes_nothing_and_ends_with_0(
         until((tmp_path / "told").exists, 30, "told to stop")
         worker.tell("hold-start", on=False)
         assert worker.process.wait(30) == 0
-        assert worker.notes == ["starting", "started", "stopped"]
+        assert worker.notes == ["checked", "starting", "started", "connected", "stopped"]
     assert status(platform, job) is Status.IN_QUEUE
 
 
@@ -249,6 +262,28 @@ def test_slots_are_respected(platform: LocalRunpod, caller: Caller, tmp_path: Pa
         assert [caller.outputs(job) for job in jobs] == [["first", "last"]] * 5
 
 
+def polls_that_failed(
+    platform: LocalRunpod, caller: Caller, folder: Path, loop: str
+) -> tuple[int, list[Any]]:
+    """Let every poll for jobs fail for two seconds; then give it a job."""
+    with LoopWorker(platform, folder, loop=loop) as worker:
+        worker.ready()
+        fault = platform.faults.add("job-take", status=502)
+        until(lambda: fault.hits, 10, "the first failure")
+        began = time.monotonic()
+        until(lambda: time.monotonic() - began > 2, 10, "two seconds")
+        platform.faults.clear()
+        return fault.hits, caller.outputs(caller.submit({}))
+
+
+def test_a_platform_that_fails_is_asked_ever_less_often(
+    platform: LocalRunpod, caller: Caller, tmp_path: Path
+) -> None:
+    failed, outputs = polls_that_failed(platform, caller, tmp_path, "mended")
+    assert failed <= 5
+    assert outputs == ["first", "last"]
+
+
 class TestTheSdksOwnLoop:
     """What job_loop mends is broken there: these tests would pass vacuously if it were not."""
 
@@ -258,6 +293,12 @@ class TestTheSdksOwnLoop:
         job, code = late_job(platform, caller, tmp_path, "sdk")
         assert code == 0
         assert status(platform, job) is Status.IN_PROGRESS
+
+    def test_a_platform_that_fails_is_asked_without_a_pause(
+        self, platform: LocalRunpod, caller: Caller, tmp_path: Path
+    ) -> None:
+        failed, _ = polls_that_failed(platform, caller, tmp_path, "sdk")
+        assert failed > 50
 
     def test_a_job_delivered_twice_runs_twice(
         self, platform: LocalRunpod, caller: Caller, tmp_path: Path
