@@ -92,6 +92,8 @@ def test_no_engine_works_for_nobody(report: Report, claim: Trials) -> None:
     "chaos.memory", "The workers' memory is after the run what it was before, ± 5 %."
 )
 def test_memory_is_what_it_was(report: Report, claim: Trials) -> None:
+    if not report.memory_before:
+        pytest.skip("a worker's memory is for root's eyes only, its process is not dumpable")
     change = report.memory_after / report.memory_before - 1
     claim.trial(abs(change) < MEMORY)
     claim.detail(f"{report.memory_before / 2**20:.0f} MiB, {change:+.1%}")

@@ -48,6 +48,7 @@ class Soak:
         processes = [process for m in members for process in m.worker.processes()]
         self.memory.append(meter.memory_bytes(processes) / 2**20)
         self.files.append(meter.files(processes))
+        assert self.memory[-1], "only root may look at a worker: its process is not dumpable"
         self.tasks.append(
             sum(meter.tasks(psutil.Process(m.worker.process.pid), m.probe) for m in members)
         )
