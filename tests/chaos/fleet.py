@@ -148,6 +148,12 @@ class Fleet:
             if not member.expected and self.platform.workers[member.name].ready
         ]
 
+    @property
+    def whole(self) -> bool:
+        """Whether as many workers as there should be take jobs, what is about to end included."""
+        workers = self.platform.workers
+        return sum(name in workers and workers[name].ready for name in self.members) >= self.count
+
     async def complete(self, keeping: int | None = None) -> None:
         """Wait until all workers are ready."""
         until_s = time.monotonic() + START_S

@@ -21,6 +21,9 @@ from tests.chaos.questions import Question
 DEADLINE_S = 240.0
 """When a job counts as lost: long after every limit that could end it."""
 
+FEW = 4
+"""Callers that go on while a worker is replaced: all of them would leave it no CPU to start."""
+
 SKEWED_S = 45.0
 AHEAD_S = 2 * 3600.0
 BEHIND_S = -600.0
@@ -55,7 +58,7 @@ class Run:
     async def load(self, *, cancels_every_s: float = 0.0) -> AsyncIterator[None]:
         """Ask without a pause for as long as this is open, and wait for what is on its way."""
         self._stop.clear()
-        callers = [asyncio.create_task(self._caller()) for _ in range(self.concurrency)]
+        callers = [asyncio.create_task(self._caller(n)) for n in range(self.concurrency)]
         operator = asyncio.create_task(self._operator(cancels_every_s))
         try:
             yield
@@ -66,9 +69,12 @@ class Run:
                 task.cancel()
             await asyncio.wait([*callers, operator])
 
-    async def _caller(self) -> None:
+    async def _caller(self, number: int) -> None:
         while not self._stop.is_set():
-            await self._ask(next(self._numbers))
+            if number < FEW or self.fleet.whole:
+                await self._ask(next(self._numbers))
+            else:
+                await asyncio.sleep(0.1)
 
     async def _ask(self, index: int) -> None:
         dice = random.Random(f"{self.seed} {index}")
