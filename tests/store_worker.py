@@ -24,6 +24,7 @@ from keys import KeyRing
 from protocol import Call
 from readiness import Readiness
 from replay_store import ReplayStore
+from start_attempts import StartAttempts
 
 PAUSE_S = 0.05
 
@@ -81,14 +82,16 @@ def main() -> None:
     models: Any = Models()
     preparation: Any = Preparation()
     booted = Booted(
-        settings,
-        KeyRing.parse(settings.encryption_key),
-        None,
-        models,
-        Readiness(),
-        preparation,
-        None,
-        store,
+        settings=settings,
+        keys=KeyRing.parse(settings.encryption_key),
+        hpke_keys=None,
+        models=models,
+        readiness=Readiness(),
+        preparation=preparation,
+        compile_cache=None,
+        store=store,
+        attempts=StartAttempts(settings.failing, settings.endpoint_id, settings.worker_id),
+        model_files={},
     )
     code = rp_handler.serve(booted)
     rp_handler.end_children()
