@@ -23,7 +23,7 @@ def messages(word: Words, kind: str) -> list[dict[str, Any]]:
         {"role": "user", "content": "Look!"},
         {
             "role": "assistant",
-            "content": None,
+            "content": "Looking.",
             "tool_calls": [{"id": "c1", "type": "function", "function": call}],
         },
         {"role": "tool", "tool_call_id": "c1", "content": word(f"{kind} tool result")},
@@ -109,9 +109,10 @@ def refused(word: Words, kind: str) -> Iterator[Asked]:
     wrong = word(f"{kind} wrong")
     yield "generate", {"messages": [{"role": wrong, "content": wrong, wrong: wrong}]}
     yield "generate", {"prompt": "x", "sampling_params": {wrong: wrong}}
-    yield "generate", {"prompt": "x", "sampling_params": {"structured_outputs": {"grammar": wrong}}}
+    grammar = {**_SHORT, "structured_outputs": {"grammar": wrong}}
+    yield "generate", {"prompt": "x", "sampling_params": grammar}
     yield "generate", {"prompt": f"{wrong} " * 1500}
-    yield "generate", {"messages": [file(word, kind)]}
+    yield "generate", {"messages": [file(word, kind)], "sampling_params": _SHORT}
     yield CHAT, {"model": SERVED, "messages": [{"role": "user", "content": {wrong: wrong}}]}
     yield CHAT, {"model": SERVED, "messages": [file(word, kind)], **_SHORT}
 
@@ -120,7 +121,7 @@ def refused_too(word: Words, kind: str) -> Iterator[Asked]:
     """Yield more of them."""
     wrong = word(f"{kind} wrong")
     yield "generate", {"prompt": "x", wrong: wrong}
-    yield "generate", {"prompt": "x", "model": wrong}
+    yield "generate", {"prompt": "x", "model": wrong, "sampling_params": _SHORT}
     yield "generate", {"prompt": "x", "sampling_params": {"temperature": wrong}}
     for structured in (
         {"regex": f"({wrong}"},
@@ -129,9 +130,12 @@ def refused_too(word: Words, kind: str) -> Iterator[Asked]:
         {"choice": [5, {wrong: wrong}]},
         {wrong: wrong},
     ):
-        yield "generate", {"prompt": "x", "sampling_params": {"structured_outputs": structured}}
-    yield "generate", {"prompt": "x", "response_format": {"type": wrong}}
-    yield "generate", {"messages": [{"role": "user", "content": [{"type": wrong, wrong: wrong}]}]}
+        params = {**_SHORT, "structured_outputs": structured}
+        yield "generate", {"prompt": "x", "sampling_params": params}
+    short = {"sampling_params": _SHORT}
+    yield "generate", {"prompt": "x", "response_format": {"type": wrong}, **short}
+    part = {"type": wrong, wrong: wrong}
+    yield "generate", {"messages": [{"role": "user", "content": [part]}], **short}
     template = {"chat_template_kwargs": {"chat_template": wrong}, "sampling_params": _SHORT}
     yield "generate", {"messages": messages(word, kind), **template}
     chat = {"model": SERVED, "messages": messages(word, kind), **_SHORT}

@@ -1,15 +1,16 @@
 """The real worker but for its engine, which says again what a real one was recorded saying.
 
 Handler, replies, pacing, job loop and SDK are the product's. The prompt of a request is the number
-of an answer of `corpus.recorded()`; each of its pieces comes as long after the request as it did
-when it was recorded, by `AUDIT_SPEED` sooner. How it is weakened stands in `AUDIT_WEAKNESS`, see
-`WEAKNESSES`.
+of an answer of `corpus.recorded()`; its pieces come in the rhythm in which they came when it was
+recorded. All answers take as long as is usual, for how long one took is no secret, divided by
+`AUDIT_SPEED`. How the worker is weakened stands in `AUDIT_WEAKNESS`, see `WEAKNESSES`.
 """
 
 import asyncio
 import contextlib
 import json
 import os
+import statistics
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -38,9 +39,12 @@ class Answering:
 
     usage = None
 
-    def __init__(self, answer: corpus.Recorded, tokens: int, at_once: int, speed: float) -> None:
+    def __init__(
+        self, answer: corpus.Recorded, tokens: int, at_once: int, duration_s: float
+    ) -> None:
         self._answer = answer
-        self._times_s = [ms / 1000 / speed for ms in answer.times_ms]
+        as_long = duration_s / answer.times_ms[tokens - 1]
+        self._times_s = [ms * as_long for ms in answer.times_ms]
         self._tokens = tokens
         self._at_once = at_once
 
@@ -87,9 +91,10 @@ class Answers:
     def run(self, call: Call, *_: object) -> Answering:
         """Return the answer that is asked for by its number, as far as `max_tokens`."""
         body = json.loads(call.body)
-        answer = self._answers[int(body["prompt"])]
+        answer, tokens = self._answers[int(body["prompt"])], body["sampling_params"]["max_tokens"]
+        usual_ms = statistics.median(each.times_ms[tokens - 1] for each in self._answers)
         at_once = self._topics.index(answer.topic) + 1 if self._rhythm else 1
-        return Answering(answer, body["sampling_params"]["max_tokens"], at_once, self._speed)
+        return Answering(answer, tokens, at_once, usual_ms / 1000 / self._speed)
 
 
 def leave_out_padding() -> None:

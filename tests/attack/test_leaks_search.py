@@ -4,6 +4,7 @@ In bytes made up here, and in all that a weakened worker lets out.
 """
 
 import base64
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -166,8 +167,8 @@ def weak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weak]:
         ) as worker,
     ):
         caller = Caller(platform, worker.ready().key)
-        yield Weak(caller, Traces(platform, worker, wire))
-        caller.close()
+        with contextlib.closing(caller):
+            yield Weak(caller, Traces(platform, worker, wire))
 
 
 @pytest.mark.claim(
