@@ -10,7 +10,7 @@ from crypto import seal_request
 from errors import Rejected
 from local_runpod import LocalRunpod
 from tests.attack.mutator import Mutator
-from tests.attack.test_fuzz import CANARY, mutated_outside
+from tests.attack.test_fuzz import CANARY
 from tests.claims import FULL, Trials
 from tests.workers import Caller, RunningWorker, saying
 
@@ -44,14 +44,14 @@ def test_a_worker_under_attack(worker: RunningWorker, claim: Trials) -> None:
     sent = caller.send("generate", saying(CANARY))
     assert caller.read(sent).text == CANARY
     simple = caller.key.simple_fernet.encrypt(b'{"prompt":"x"}').decode()
-    known = [{"sealed": seal_request(sent.request, sent.key)}, {"encrypted_input": simple}]
+    known = [("sealed", seal_request(sent.request, sent.key)), ("encrypted_input", simple)]
     process = psutil.Process(worker.process.pid)
     before_bytes = 0
     for round_number in range(20):
-        inputs = [mutated_outside(mutator, mutator.choice(known)) for _ in range(AT_ONCE)]
-        # What is not even an object, or an empty one, the SDK turns away by itself.
-        wrong = [each for each in inputs if isinstance(each, dict) and each and each not in known]
-        jobs = [caller.submit(job_input) for job_input in wrong]
+        # Only texts: what is no object, or too deep, platform and SDK turn away by themselves.
+        picked = (mutator.choice(known) for _ in range(AT_ONCE))
+        wrong = [(form, mutator.text(text)) for form, text in picked]
+        jobs = [caller.submit({form: text}) for form, text in wrong if (form, text) not in known]
         failures += caller.ask("generate", saying("meanwhile")).text != "meanwhile"
         for job in jobs:
             outputs = caller.outputs(job)
@@ -62,6 +62,6 @@ def test_a_worker_under_attack(worker: RunningWorker, claim: Trials) -> None:
     grown_bytes = process.memory_info().rss - before_bytes
     claim.detail(f"{grown_bytes / MIB:.1f} MiB more after 750 of them")
     failures += grown_bytes > 20 * MIB
-    failures += " ERROR " in worker.log or CANARY in worker.log
+    failures += "a job failed" in worker.log or CANARY in worker.log
     claim.trials(tried, failures)
     caller.close()
