@@ -24,7 +24,9 @@ MEMORY = Path("/dev/shm")  # noqa: S108 - what is made there is this process's a
 ROOM_BYTES = 2**30
 """With less room left in memory the disk is used: some containers have 64 MB, for everything."""
 
-_PREFIX = "sv-"  # short: a socket's whole path may have 107 characters
+_PREFIX = "sv-"
+# A socket's whole path may have 107 characters; vLLM's are named by 36 in a folder named by 11.
+_MAX_PARENT_CHARS = 107 - len("/") - 36 - len("/") - 11
 _LOCK = "lock"
 
 
@@ -47,8 +49,12 @@ class TemporaryFolder:
     """
 
     def __init__(self, chosen: str | None = None) -> None:
-        """Make one in the folder `chosen`, else in memory where there is room, else on the disk."""
-        parent = Path(chosen) if chosen else _parent()
+        """Make one in the folder `chosen`, else in memory where there is room, else on the disk.
+
+        A folder whose path is too long for the sockets that come to lie in it is passed over.
+        """
+        fits = chosen and len(os.fsencode(chosen)) <= _MAX_PARENT_CHARS
+        parent = Path(chosen) if chosen and fits else _parent()
         _sweep(parent)
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         # Children inherit the lock: while one of them lives, so does the folder.

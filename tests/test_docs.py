@@ -245,6 +245,8 @@ def test_variables_that_are_named_exist() -> None:
         for setting in (*config.SETTINGS, *client_config.SETTINGS, *gateway_config.SETTINGS)
     }
     others = {
+        "PIP_INDEX_URL",
+        "RUN_AS",
         "TIMED_OUT",
         "RUNPOD_INIT_TIMEOUT",
         "RUNPOD_SECRET_encryption_key",

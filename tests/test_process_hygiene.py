@@ -1,8 +1,12 @@
 """What a process leaves for others to look at: shown on real processes, beside unsealed ones."""
 
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -78,14 +82,30 @@ def test_a_sealed_process_still_starts_others() -> None:
     assert done.stdout == "b'hello\\n'\n", done.stderr
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder with a path as short as an operator's would be."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 class TestTheTemporaryFolder:
-    def test_it_is_its_owners_alone_and_gone_at_the_end(self, tmp_path: Path) -> None:
-        folder = TemporaryFolder(str(tmp_path))
-        assert folder.path.parent == tmp_path
+    def test_it_is_its_owners_alone_and_gone_at_the_end(self, short_path: Path) -> None:
+        folder = TemporaryFolder(str(short_path))
+        assert folder.path.parent == short_path
         assert folder.path.stat().st_mode & 0o777 == 0o700
         (folder.path / "socket").touch()
         folder.remove()
-        assert not list(tmp_path.iterdir())
+        assert not list(short_path.iterdir())
+
+    def test_sockets_fit_into_it_wherever_it_was_to_be(self, short_path: Path) -> None:
+        parent = short_path / ("long" * 25)
+        parent.mkdir()
+        folder = TemporaryFolder(str(parent))
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(folder.path / str(uuid.uuid4())))
+        folder.remove()
+        assert not list(parent.iterdir())
 
     def test_it_lies_in_memory_where_there_is_room(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -101,7 +121,7 @@ class TestTheTemporaryFolder:
         folder.remove()
 
     def test_what_a_killed_process_leaves_goes_when_its_children_have_gone(
-        self, tmp_path: Path
+        self, short_path: Path
     ) -> None:
         program = (
             "import os, sys, process_hygiene\n"
@@ -112,7 +132,7 @@ class TestTheTemporaryFolder:
             "sys.stdin.read()"
         )
         process = subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path)],
+            [sys.executable, "-c", program, str(short_path)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -120,13 +140,13 @@ class TestTheTemporaryFolder:
         assert process.stdout and process.stdin
         assert process.stdout.readline() == b"forked\n"
         assert process.wait(10) == -9
-        (left,) = tmp_path.iterdir()
-        TemporaryFolder(str(tmp_path)).remove()
+        (left,) = short_path.iterdir()
+        TemporaryFolder(str(short_path)).remove()
         assert left.exists()  # a child still lives
         process.stdin.close()
 
         def swept() -> bool:
-            TemporaryFolder(str(tmp_path)).remove()
+            TemporaryFolder(str(short_path)).remove()
             return not left.exists()
 
         until(swept, 10, "the folder of the dead is gone")

@@ -162,7 +162,7 @@ async def test_a_retry_after_a_worker_died_runs_when_the_lease_is_over(
         began = time.monotonic()
         await died(one)
         await asyncio.wait_for(retry, 10)
-        assert time.monotonic() - began < LEASE_S + 1
+        assert time.monotonic() - began < LEASE_S + 5
         two.finish("r")
 
 
@@ -354,7 +354,7 @@ class _Delayed:
 
 
 async def test_requests_wait_for_one_round_trip(server: RedisServer) -> None:
-    trip_s = 0.5
+    trip_s = 1.5
     async with _Delayed(server.port, trip_s / 2) as port:
         url = server.url.replace(str(server.port), str(port))
         store = ReplayStore(url, "endpoint", clock_skew_s=60, renew_s=3600, timeout_s=20)

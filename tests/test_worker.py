@@ -639,7 +639,8 @@ class TestDelivery:
         assert steps <= {1489, 2853}
 
     def test_while_a_chunk_is_posted_deltas_gather(self, caller: Caller) -> None:
-        """With 50 ms per POST a stream takes the engine's own time and two POSTs."""
+        """With a slow POST a stream takes the engine's own time and two POSTs."""
+        post_s = 0.2  # so slow that a busy machine's engine has several tokens ready meanwhile
         body = saying(LONG_TEXT)
         caller.ask("generate", body)  # compiles the grammar
 
@@ -652,10 +653,10 @@ class TestDelivery:
             return whole_s, answered.end.timings["total_ms"] / 1000, len(answered.chunks)
 
         # The machine's own pace differs from run to run: compare within one run.
-        with caller.fault("job-stream", delay_s=0.05):
+        with caller.fault("job-stream", delay_s=post_s):
             whole_s, engine_s, chunks = timed()
-        assert whole_s - engine_s < 2 * 0.05 + 0.25
-        assert chunks <= engine_s / 0.05 + 3
+        assert whole_s - engine_s < 2 * post_s + 1
+        assert chunks <= engine_s / post_s + 3
         tokens_count = 384
         assert chunks < tokens_count / 2
 
