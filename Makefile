@@ -30,8 +30,8 @@ test: model clients lint ## run every test, those on the real engine included (A
 	@# Where there is no browser or no Redis to be had, the tests that need one say so.
 	@tools/setup_browser.sh >/dev/null || true
 	@tools/setup_redis.sh >/dev/null || true
-	@# Two files of tests at a time: an engine that starts keeps one core busy.
-	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	@# One process has the tests on the engine, which keep a core busy, the other all the rest.
+	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 run: model ## start the local RunPod with one worker of the demo model (or of MODELS=)
 	@if [ -z "$$ENCRYPTION_KEY" ]; then \

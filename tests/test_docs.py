@@ -245,12 +245,16 @@ def test_variables_that_are_named_exist() -> None:
         for setting in (*config.SETTINGS, *client_config.SETTINGS, *gateway_config.SETTINGS)
     }
     others = {
+        "CAP_SYS_PTRACE",
+        "MODEL_REVISION",
         "PIP_INDEX_URL",
         "RUN_AS",
         "TIMED_OUT",
         "RUNPOD_INIT_TIMEOUT",
         "RUNPOD_SECRET_encryption_key",
         "RUNPOD_SECRET_hf_token",
+        "RUNPOD_SECRET_hpke_private_key",
+        "SYS_PTRACE",
         "YOUR_ADDRESS",
         "YOUR_NAME",
         "TOOL_LIMIT_S",

@@ -136,7 +136,8 @@ def requests(word: Words, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "/tokenize", {"model": SERVED, "prompt": word(f"{kind} tokenize")}
     # Refused, at every depth, by messages that quote what they refuse.
     wrong = word(f"{kind} wrong")
-    yield "generate", {"messages": [{"role": wrong, "content": wrong, wrong: wrong}]}
+    role = {"messages": [{"role": wrong, "content": wrong, wrong: wrong}]}
+    yield "generate", {**role, "sampling_params": short}
     yield "generate", {"prompt": "x", wrong: wrong}
     yield "generate", {"prompt": "x", "model": wrong}
     yield "generate", {"prompt": "x", "sampling_params": {wrong: wrong}}
@@ -149,7 +150,8 @@ def requests(word: Words, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
         {"choice": [5, {wrong: wrong}]},
         {wrong: wrong},
     ):
-        yield "generate", {"prompt": "x", "sampling_params": {"structured_outputs": structured}}
+        asked = {"structured_outputs": structured, **short}
+        yield "generate", {"prompt": "x", "sampling_params": asked}
     yield "generate", {"prompt": "x", "response_format": {"type": wrong}}
     yield "generate", {"prompt": f"{wrong} " * 1500}
     yield "generate", {"messages": [{"role": "user", "content": [{"type": wrong, wrong: wrong}]}]}
