@@ -31,7 +31,7 @@ test: model clients lint ## run every test, those on the real engine included (A
 	@tools/setup_browser.sh >/dev/null || true
 	@tools/setup_redis.sh >/dev/null || true
 	@# One process has the tests on the engine, which keep a core busy, the other all the rest.
-	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadscope $(ARGS)
 
 run: model ## start the local RunPod with one worker of the demo model (or of MODELS=)
 	@if [ -z "$$ENCRYPTION_KEY" ]; then \

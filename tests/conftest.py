@@ -2,8 +2,13 @@
 
 import logging
 import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+ROOT = Path(__file__).parent.parent
 
 pytest_plugins = ["tests.claims"]
 
@@ -13,12 +18,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two processes share the tests, one has all the engines: two at once would be slower."""
-    for item in items:
-        engine = item.get_closest_marker("engine")
-        item.add_marker(pytest.mark.xdist_group("engine" if engine else item.path.stem))
+class OneEngineAtATime(LoadScopeScheduling):  # type: ignore[misc]
+    """Where two processes share the tests, one has all files with engines, the other all the rest.
+
+    Two engines at a time would be slower than one after the other. (By marks, xdist 3.8 cannot part
+    tests with pytest 9.2.)
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "engine" if "mark.engine" in (ROOT / file).read_text() else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneEngineAtATime:
+    """Tell xdist how to share the tests."""
+    return OneEngineAtATime(config, log)
 
 
 @pytest.fixture(autouse=True)
