@@ -10,6 +10,7 @@ functions only.
 
 import asyncio
 import contextlib
+import contextvars
 import json
 import logging
 import os
@@ -140,8 +141,9 @@ class Handler:
         if task is None:
             raise RuntimeError("a job is answered by a task of its own")
         # A stop during a POST leaves this generator suspended; the task's end does not wait for it.
-        task.add_done_callback(lambda _: self._end(state))
-        log_guard.current_job.set(f"job={state.id}")  # the line of the end tells it by itself
+        # Its line tells the job by itself, so it has no need of the mark that other lines get.
+        task.add_done_callback(lambda _: self._end(state), context=contextvars.Context())
+        log_guard.current_job.set(f"job={state.id}")
         try:
             asked = self._open(job.get("input"), state)
         except Exception as error:

@@ -40,7 +40,8 @@ for name in ("environ", "maps"):
 
 def seen_of(program: str) -> tuple[str, str]:
     """Run a program and return what others see of it, and of a process that it has forked."""
-    script = f"{_DROP}\nimport process_hygiene\n{program}\nprint(os.fork(), flush=True)\n"
+    script = f"{_DROP}\nimport process_hygiene\n{program}\n"
+    script += "os.write(1, b'%d\\n' % os.fork())\n"  # by both, each in one piece
     process = subprocess.Popen(
         [sys.executable, "-c", script + "sys.stdin.read()"],
         cwd=ROOT,
@@ -51,7 +52,7 @@ def seen_of(program: str) -> tuple[str, str]:
     )
     try:
         assert process.stdout and process.stdin
-        child = max(int(process.stdout.readline()) for _ in range(2))  # both print fork's result
+        child = max(int(process.stdout.readline()) for _ in range(2))
         limits = Path(f"/proc/{process.pid}/limits").read_text()
         assert ("Max core file size        0                    0 " in limits) == bool(program)
         return look(process.pid), look(child)

@@ -137,7 +137,10 @@ def show_both_sides(console: Console, prompt: str, key: str, exchanged: list[Exc
                 Text(f"… {left} more chunks", style="dim"),
                 Text(" or ".join(f"{size:,}" for size in sizes), style="dim"),
             )
-        add(Text(json.dumps(text, ensure_ascii=False)) if text else Text("(the end)"), chunk)
+        # The end may come with the last words, or in a chunk of its own.
+        end = "(the end)" if number == len(shown) - 1 else ""
+        words = json.dumps(text, ensure_ascii=False) if text else ""
+        add(Text(f"{words} {end}".strip()), chunk)
     console.print(table)
 
 
