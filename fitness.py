@@ -5,6 +5,7 @@ process. That the engine answers can be seen inside the loop only and is part of
 nothing of the SDK.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -49,9 +50,12 @@ def files_of(folders: Iterable[Path]) -> dict[Path, int]:
 
 
 def _check_keys(keys: Iterable[Key], endpoint_id: str) -> None:
-    """Have a request sealed and opened with each; one that works is enough, others may be old."""
+    """Have a request sealed and opened with the keys that are good now; one that works is enough.
+
+    Where all become good later there is nothing to try yet.
+    """
     faults = []
-    for key in keys:
+    for key in (key for key in keys if key.terms.good_at(time.time())):
         request = new_request("worker", None, audience=endpoint_id, ttl_s=60, method="GET")
         opener = RequestOpener(KeyRing([key]), endpoint_id, max_ttl_s=60)
         try:
@@ -61,7 +65,8 @@ def _check_keys(keys: Iterable[Key], endpoint_id: str) -> None:
         except SealedError as error:
             fault = f"does not open what it has sealed: {type(error).__name__}"
         faults.append(f"the key {key.id} {fault}")
-    raise ConfigError(faults)
+    if faults:
+        raise ConfigError(faults)
 
 
 def _check_files(files: Mapping[Path, int]) -> None:
