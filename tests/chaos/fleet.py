@@ -67,7 +67,11 @@ class Ended:
     memory_left: int
     """Files in shared memory that nobody has any more."""
     jobs_left: int
-    """Jobs that the platform still took for its own."""
+    """Jobs that the platform still took for its own, and that its log does not tell the end of.
+
+    The SDK does not post an end again whose post was reset: that the platform has not heard of it
+    is not the worker's fault.
+    """
 
 
 Start = Callable[[str, dict[str, str]], RunningWorker]
@@ -124,7 +128,8 @@ class Fleet:
 
     async def _bury(self, member: Member) -> None:
         known = self.platform.workers.get(member.name)
-        jobs = len(known.jobs) if known else 0
+        log = member.worker.log
+        jobs = sum(f" worker: job={job_id} " not in log for job_id in known.jobs) if known else 0
         self.platform.lose(member.name)
         del self.members[member.name]
         left = await self._until_gone(member)
