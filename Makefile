@@ -52,7 +52,7 @@ attack: model ## try every promise of SECURITY.md as an attacker would, on the r
 
 chaos: model ## run hundreds of jobs while platform and machines fail (SOAK=1 adds 20 steady minutes)
 	@$(PY) tools/tiny_models.py
-	@$(PY) tools/assurance.py chaos $(ARGS)
+	@$(PY) tools/assurance.py chaos -s $(ARGS)
 
 bench: model ## measure the worker and the gateway (ARGS=--plot draws a picture)
 	@$(PY) tools/bench.py $(ARGS)

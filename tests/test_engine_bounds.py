@@ -1,12 +1,11 @@
 """What one client asks for does not stop another one's tokens; what waits too long is refused.
 
-Two engines: one as the worker builds it, and a weakened one, with vLLM's own defaults, on which
-the same tests show what would happen.
+`make attack` starts a second, weakened engine, with vLLM's own defaults, on which the same shows
+what would happen. What stops the engine comes last.
 """
 
 import asyncio
 import contextlib
-import os
 import signal
 from collections.abc import AsyncIterator
 
@@ -17,6 +16,7 @@ import pytest_asyncio
 from errors import EngineDead, RequestError
 from protocol import GENERATE
 from request_bounds import default_max_choices
+from tests.claims import FULL, Trials
 from tests.engines import (
     CHAT,
     TINY,
@@ -43,33 +43,29 @@ OPTIONS = {
     "ENABLE_PREFIX_CACHING": "false",
 }
 # A CPU takes minutes to read 100,000 tokens, and what is shown is the same.
-LONG_TOKENS = 100_000 if os.environ.get("ASSURANCE") == "full" else 16_000
+LONG_TOKENS = 100_000 if FULL else 16_000
 LONG = [1000 + number % 1000 for number in range(LONG_TOKENS)]
+
+
+def build_for_long_prompts(**options: str) -> Engine:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+        return build(TINY, "tiny", **OPTIONS, **options)
 
 
 @pytest.fixture(scope="module")
 def built() -> Engine:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-        return build(TINY, "tiny", **OPTIONS)
+    return build_for_long_prompts()
 
 
 @pytest.fixture(scope="module")
-def built_weak(built: Engine) -> Engine:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-        return build(TINY, "tiny", LONG_PREFILL_TOKEN_THRESHOLD="0", **OPTIONS)
+def built_weak() -> Engine | None:
+    return build_for_long_prompts(LONG_PREFILL_TOKEN_THRESHOLD="0") if FULL else None
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(built: Engine, built_weak: Engine) -> AsyncIterator[Engine]:
+async def engine(built: Engine, built_weak: Engine | None) -> AsyncIterator[Engine]:
     async with started(built) as engine:
-        yield engine
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def weak(built_weak: Engine) -> AsyncIterator[Engine]:
-    async with started(built_weak) as engine:
         yield engine
 
 
@@ -118,15 +114,29 @@ async def overtakes(engine: Engine) -> tuple[bool, int]:
     return first, got
 
 
-async def test_a_very_long_prompt_stops_nobody(engine: Engine, weak: Engine) -> None:
-    first, got = await overtakes(weak)
+@pytest.mark.skipif(not FULL, reason="starts an engine of its own: make attack")
+async def test_by_its_defaults_vllm_answers_a_very_long_prompt_first(
+    built_weak: Engine, engine: Engine
+) -> None:
+    async with started(built_weak) as weak:
+        first, got = await overtakes(weak)
     assert not first
     assert got >= 0.8 * LONG_TOKENS / 512  # one per step: that one vLLM itself looks after
+
+
+@pytest.mark.claim(
+    "bounds.prompt", "A very long prompt of one client does not stop the tokens of others."
+)
+async def test_a_very_long_prompt_stops_nobody(engine: Engine, claim: Trials) -> None:
     first, got = await overtakes(engine)
     assert first
     assert got >= 8
+    claim.detail(f"{LONG_TOKENS:,} tokens, {got} of another stream meanwhile")
 
 
+@pytest.mark.claim(
+    "bounds.choices", "As many answers as one request may ask for leave seats to other requests."
+)
 async def test_many_choices_leave_seats_to_others(engine: Engine) -> None:
     async def waits_for_a_seat(n: int) -> bool:
         many = Asked(engine, "Hello", n=n, max_tokens=150, temperature=1)
@@ -140,14 +150,17 @@ async def test_many_choices_leave_seats_to_others(engine: Engine) -> None:
     assert not await waits_for_a_seat(default_max_choices(SEATS))
 
 
+@pytest.mark.claim(
+    "bounds.queue", "What waits longer than MAX_QUEUE_S is refused with the number, nothing else."
+)
 class TestTheQueue:
     @pytest.mark.parametrize(
         ("route", "more"),
         [
-            (GENERATE, {}),
-            (GENERATE, {"stream": False}),
-            (CHAT, {"stream": True}),
-            (CHAT, {"stream": False}),
+            (GENERATE, {"sampling_params": {"max_tokens": 4}}),
+            (GENERATE, {"sampling_params": {"max_tokens": 4}, "stream": False}),
+            (CHAT, {"max_completion_tokens": 4, "stream": True}),
+            (CHAT, {"max_completion_tokens": 4, "stream": False}),
         ],
     )
     async def test_waiting_too_long_is_refused_with_the_number(
@@ -160,6 +173,7 @@ class TestTheQueue:
         try:
             engine.max_queue_s = 0
             patient = asyncio.create_task(read(engine.run(call(route, body), "salt")))
+            await asyncio.sleep(0)  # it begins, without a limit
             engine.max_queue_s = 0.5
             with pytest.raises(RequestError) as caught:
                 await read(engine.run(call(route, body), "salt"))
@@ -177,7 +191,7 @@ class TestTheQueue:
 
     async def test_what_has_begun_may_take_longer(self, engine: Engine) -> None:
         engine.max_queue_s = 0.2
-        body = {"max_tokens": 600, "ignore_eos": True, "stream": False}
+        body = {"max_completion_tokens": 600, "ignore_eos": True, "stream": False}
         chat = {"messages": user("Hello"), **body}
         try:
             answer = await read(engine.run(call(CHAT, chat), "salt"))
@@ -188,29 +202,32 @@ class TestTheQueue:
         assert answer.end.timings["total_ms"] > 200
 
 
-async def test_an_engine_that_is_stopped_counts_as_dead(weak: Engine) -> None:
+@pytest.mark.claim(
+    "bounds.stuck", "A worker whose engine takes no step while work waits says so, and ends."
+)
+async def test_an_engine_that_is_stopped_counts_as_dead(engine: Engine) -> None:
     """And one that is only busy with a very long prompt does not."""
     (core,) = (
         process
         for process in psutil.Process().children(recursive=True)
-        if process.pid in core_pids(weak)
+        if process.pid in core_pids(engine)
     )
-    weak._stuck_s = 3
-    watch = asyncio.create_task(weak._watch_steps())
+    engine._stuck_s = 3
+    watch = asyncio.create_task(engine._watch_steps())
     await asyncio.sleep(0)
-    long = Asked(weak, LONG, max_tokens=1)
+    long = Asked(engine, LONG, max_tokens=1)
     await long.begun()
     await long.close()
-    assert not weak.dead
+    assert not engine.dead
     core.send_signal(signal.SIGSTOP)
     try:
-        assert not await eventually(lambda: weak.dead, 4)  # nobody waits for it
-        asked = Asked(weak, "Hello", max_tokens=8)
+        assert not await eventually(lambda: engine.dead, 4)  # nobody waits for it
+        asked = Asked(engine, "Hello", max_tokens=8)
         with pytest.raises(EngineDead):
             await asked.answer
         with pytest.raises(EngineDead):
-            await generate(weak, prompt="Hello")
-        assert weak.dead
+            await generate(engine, prompt="Hello")
+        assert engine.dead
         assert watch.done()
     finally:
         core.send_signal(signal.SIGCONT)

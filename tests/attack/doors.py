@@ -107,7 +107,8 @@ def answered_too(word: Words, kind: str) -> Iterator[Asked]:
 def refused(word: Words, kind: str) -> Iterator[Asked]:
     """Yield requests that are refused by the worker, by the engine and by vLLM's routes."""
     wrong = word(f"{kind} wrong")
-    yield "generate", {"messages": [{"role": wrong, "content": wrong, wrong: wrong}]}
+    role = {"role": wrong, "content": wrong, wrong: wrong}
+    yield "generate", {"messages": [role], "sampling_params": _SHORT}
     yield "generate", {"prompt": "x", "sampling_params": {wrong: wrong}}
     grammar = {**_SHORT, "structured_outputs": {"grammar": wrong}}
     yield "generate", {"prompt": "x", "sampling_params": grammar}
