@@ -26,7 +26,8 @@ _TOKENS = re.compile(rb"[A-Za-z0-9+/_-]+={0,2}")
 _ALNUM = re.compile(rb"[A-Za-z0-9]+")
 _LONGEST_TOKEN = 64
 _LEAST_AMONG_NOISE = 4
-"""A shorter piece is none in a longer token, or in bytes that are no text: there any letter is."""
+"""A shorter piece is none in a longer token, or in bytes that are no text: there any letter is.
+Nor is one of digits, which are everywhere."""
 
 _NEAR_LINES = 50
 """How far apart two pieces of a word may stand: other jobs write between them."""
@@ -114,8 +115,9 @@ def search(words: Iterable[str], sources: Mapping[str, bytes]) -> set[Hit]:
     places: Places = defaultdict(list)
     for word in words:
         run = _runs(word)[0].encode()
+        least = _LEAST_AMONG_NOISE if run.isdigit() else 1
         for start in range(len(run)):
-            for end in range(start + 1, len(run) + 1):
+            for end in range(start + least, len(run) + 1):
                 places[run[start:end]].append((word, start, end == len(run)))
     hits = set()
     for name, content in sources.items():
@@ -149,9 +151,10 @@ def _in_pieces(places: Places, content: bytes) -> set[str]:
 
 
 def _pieces(line: bytes, known: Mapping[bytes, object]) -> Iterator[bytes]:
+    noise = not _is_text(line.translate(None, b"\t\x1b"))  # which logs have too
     for token in _TOKENS.findall(line):
         for text in (token, *_decoded(token)):
-            chance = len(token) > _LONGEST_TOKEN if text is token else not _is_text(text)
+            chance = noise or (len(token) > _LONGEST_TOKEN if text is token else not _is_text(text))
             least = _LEAST_AMONG_NOISE if chance else 1
             for piece in _ALNUM.findall(text):
                 if len(piece) >= least and piece in known:

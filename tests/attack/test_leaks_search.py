@@ -101,6 +101,13 @@ def test_pieces_among_bytes_that_are_no_text() -> None:
     assert search([word], {"x": b"\n".join(chunks)})
 
 
+def test_nothing_is_found_in_what_no_program_wrote_as_text() -> None:
+    """Such as what a compiler keeps, which has every letter and every digit somewhere."""
+    words = Words()
+    used = [words("prompt"), words.name("tool"), str(words.number("seed")), words.digits("min_p")]
+    assert not search(used, {"file": os.urandom(2_000_000)})
+
+
 def test_numbers_and_keys() -> None:
     words = Words()
     number = words.number("seed")
