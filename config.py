@@ -78,7 +78,7 @@ class Settings:
         return self.own_folder / "starts"
 
     @property
-    def failing(self) -> Path:
+    def failed_starts(self) -> Path:
         """What is kept of starts that did not come up."""
         return self.own_folder / "failing"
 

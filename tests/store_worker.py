@@ -19,12 +19,12 @@ import config
 import log_guard
 import rp_handler
 from boot import Booted
+from failed_starts import FailedStarts
 from frames import AnswerEvent, End, Head, Text
 from keys import KeyRing
 from protocol import Call
 from readiness import Readiness
 from replay_store import ReplayStore
-from start_attempts import StartAttempts
 
 PAUSE_S = 0.05
 
@@ -85,13 +85,15 @@ def main() -> None:
         settings=settings,
         keys=KeyRing.parse(settings.encryption_key),
         hpke_keys=None,
+        store=store,
         models=models,
+        model_files={},
+        compile_cache=None,
         readiness=Readiness(),
         preparation=preparation,
-        compile_cache=None,
-        store=store,
-        attempts=StartAttempts(settings.failing, settings.endpoint_id, settings.worker_id),
-        model_files={},
+        failed_starts=FailedStarts(
+            settings.failed_starts, settings.endpoint_id, settings.worker_id
+        ),
     )
     code = rp_handler.serve(booted)
     rp_handler.end_children()

@@ -649,7 +649,7 @@ def test_a_worker_tells_every_fault_of_its_keys(monkeypatch: pytest.MonkeyPatch)
     faults = faults_of(boot._checked, environ, options)
     assert "the encryption key" in faults and "HPKE_PRIVATE_KEY" in faults
     environ |= {"ENCRYPTION_KEY": generate_key(), "HPKE_PRIVATE_KEY": f"{WORKER.text},{OLD.text}"}
-    _, _, ring, _ = boot._checked(environ, options)
+    ring = boot._checked(environ, options).hpke_keys
     assert ring is not None and len(ring) == 2
 
 
