@@ -37,6 +37,7 @@ from gateway_config import GatewaySettings
 from hpke import Envelope, HpkeKeyRing, HpkePrivateKey, HpkePublicKey
 from keys import Key, KeyRing, generate_key
 from protocol import HpkeRequest, Request, pad_request
+from tests import promises
 from tests.cli import run, run_apart
 from tests.echo import Echo
 from tests.gateways import RunningGateway
@@ -325,21 +326,12 @@ def check_rotation() -> None:
     rejected(opener_of(OLD, STRANGER).open, sealed)
 
 
-CHECKS = {
-    name.removeprefix("check_"): check
-    for name, check in list(globals().items())
-    if name.startswith("check_")
-}
-
-
-def run_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check: Any = CHECKS[name]
-    check(monkeypatch) if check is check_same_work else check()
+CHECKS = promises.checks_of(globals())
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_promise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_check(name, monkeypatch)
+    promises.run(CHECKS[name], monkeypatch)
 
 
 # The weakened copies ----------------------------------------------------------------------
@@ -420,10 +412,6 @@ def any_use_opened(self: HpkePrivateKey, sealed: bytes, info: bytes) -> bytes | 
         return None
 
 
-def worker_key_for_answers() -> HpkePrivateKey:
-    return WORKER
-
-
 def not_padded(content: bytes) -> bytes:
     return len(content).to_bytes(4, "big") + content
 
@@ -486,10 +474,9 @@ WEAKENED: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("name", WEAKENED)
 def test_a_weakened_copy_breaks_the_promise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check, *patches = WEAKENED[name]
-    for owner, attribute, replacement in zip(*[iter(patches)] * 3, strict=True):
-        monkeypatch.setattr(owner, attribute, replacement, raising=False)
+    promises.weaken(patches, monkeypatch)
     with pytest.raises((AssertionError, pytest.fail.Exception, RequestError, Rejected)):
-        run_check(check, monkeypatch)
+        promises.run(CHECKS[check], monkeypatch)
 
 
 def test_every_promise_has_a_weakened_copy() -> None:
