@@ -36,6 +36,7 @@ from model_swap import Models
 from preparation import Job, Preparation
 from readiness import Readiness
 from utils import Snapshot
+from worker_environment import environment, prepare_compiling, prepare_hub
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -95,11 +96,11 @@ def boot(environ: Mapping[str, str], failed_starts: FailedStarts) -> Booted:
     readiness = Readiness()
     # vLLM's options are not known before its import; its own settings are enough to begin.
     early, _ = config.read(environ, (*OPTION_NAMES, "LOAD_FORMAT"))
-    config.prepare_hub(config.environment(), early)
+    prepare_hub(environment(), early)
     preparation = _prepare(early, readiness)
     local = _local_folder(environ, early)
     with tempfile.NamedTemporaryFile(prefix="sealed-vllm-start-") as phases:
-        config.environment()[engine_phases.VARIABLE] = phases.name
+        environment()[engine_phases.VARIABLE] = phases.name
         with readiness.phase("imports"):
             from engine import Engine  # noqa: F401 - the longest import; `load` finds it done
             from engine_options import EngineOptions
@@ -194,7 +195,7 @@ def _local_folder(environ: Mapping[str, str], settings: Settings) -> LocalFolder
         log.warning("what is compiled is not kept: %s: %s", parent, error.strerror)
         return None
     variables = local.environment()
-    config.prepare_compiling(config.environment(), variables, cpu=compile_key.on_cpu())
+    prepare_compiling(environment(), variables, cpu=compile_key.on_cpu())
     return local
 
 

@@ -33,7 +33,6 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from chat import CHAT_ROUTE
-from config import environment, prepare_engine_processes
 from engine_adapters import Adapter
 from engine_options import NOWHERE, serve_args, share_prefill
 from engine_render import render
@@ -46,6 +45,7 @@ from errors import ConfigError, EngineDead, RequestError
 from frames import Body, Head
 from protocol import ROUTES, Call, GenerateBody
 from readiness import Timed
+from worker_environment import environment, prepare_engine_processes
 
 log = logging.getLogger("worker.engine")
 

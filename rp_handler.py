@@ -29,6 +29,7 @@ import engine_tasks
 import fitness
 import log_guard
 import process_hygiene
+import worker_environment
 from base_models import Run
 from boot import Booted, boot
 from client_limits import ClientLimits, Place
@@ -376,19 +377,19 @@ def main() -> int:
     """Run the worker until it is told to stop; return its exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     process_hygiene.seal_off()
-    environ = config.environment()
+    environ = worker_environment.environment()
     here = Path(__file__).resolve().parent
-    config.prepare_libraries(environ, here / "vllm_logging.json")
+    worker_environment.prepare_libraries(environ, here / "vllm_logging.json")
     log_guard.install()
-    taken = config.take_secrets(environ)
+    taken = worker_environment.take_secrets(environ)
     own, _ = config.read_for_models(taken)
     failed_starts = FailedStarts(own.failed_starts, own.endpoint_id, own.worker_id)
     temporary = process_hygiene.TemporaryFolder(environ.get("TMPDIR"))
     try:
-        config.prepare_temporary(environ, temporary.path)
+        worker_environment.prepare_temporary(environ, temporary.path)
         failed_starts.begin(log)
         booted = boot(taken, failed_starts)
-        config.lend_api_key(environ, taken)
+        worker_environment.lend_api_key(environ, taken)
         return serve(booted)
     except SystemExit:  # SIGTERM before there was a loop to tell
         failed_starts.withdraw()
@@ -444,7 +445,7 @@ def serve(booted: Booted) -> int:
                 booted.model_files,
                 lambda: models.dead,
             ),
-            connected=lambda: config.withdraw_api_key(config.environment()),
+            connected=lambda: worker_environment.withdraw_api_key(worker_environment.environment()),
         )
     )
     return 1 if failed else 0

@@ -25,6 +25,7 @@ from keys import KeyRing
 from protocol import Call
 from readiness import Readiness
 from replay_store import ReplayStore
+from worker_environment import prepare_libraries
 
 PAUSE_S = 0.05
 
@@ -73,7 +74,7 @@ class Preparation:
 
 
 def main() -> None:
-    config.prepare_libraries(os.environ, Path(rp_handler.__file__).with_name("vllm_logging.json"))
+    prepare_libraries(os.environ, Path(rp_handler.__file__).with_name("vllm_logging.json"))
     log_guard.install()
     settings, _ = config.read(os.environ, ())
     store = ReplayStore(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import config
+import worker_environment
 from errors import ConfigError, RequestError
 from keys import KeyRing, generate_key
 from replay_guard import ReplayGuard
@@ -395,5 +396,5 @@ def test_settings() -> None:
     assert PASSWORD not in repr(settings)
     _, faults = config.read_for_models({"REPLAY_REDIS_UNAVAILABLE": "ignore"})
     assert faults == ["REPLAY_REDIS_UNAVAILABLE is neither refuse nor accept"]
-    config.take_secrets(given)
+    worker_environment.take_secrets(given)
     assert "REPLAY_REDIS_URL" not in given

@@ -42,6 +42,7 @@ GROUPS = {
         "replies",
         "pacing",
         "config",
+        "worker_environment",
         "log_guard",
         "engine",
         "engine_adapters",
