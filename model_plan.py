@@ -139,6 +139,7 @@ def _lengths(found: Estimate) -> list[int]:
 
 
 def lines(name: str, found: Estimate, memory: Memory | None) -> Iterator[str]:
+    """Yield the plan for people; `memory` is None where the devices are not known here."""
     each = " on each device" if found.devices > 1 else ""
     rows = [
         (f"weights{each}", _size(found.weights_bytes)),
