@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.backends.openssl.backend import Backend
+from msgspec.structs import replace as changed
 
 import boot
 import config
@@ -53,6 +54,11 @@ def request_of(envelope: Envelope | None, **changes: Any) -> Request:
     given: dict[str, Any] = {"audience": "endpoint", "ttl_s": 600, "now": lambda: NOW}
     body = b'{"prompt":"%s"}' % PROMPT.encode()
     return new_request("generate", **given | {"body": body, "envelope": envelope} | changes)
+
+
+def bare_of(request: Request) -> Request:
+    """Return a request without what public-key mode adds to it."""
+    return Request(**{name: getattr(request, name) for name in Request.__struct_fields__})
 
 
 def opener_of(*keys: HpkePrivateKey, **settings: Any) -> RequestOpener:
@@ -146,8 +152,7 @@ def check_no_downgrade_of_the_simple_form() -> None:
 def check_no_downgrade_of_answers() -> None:
     """Also not by somebody who has come by what the request said."""
     _, request, envelope = sent()
-    told = {name: getattr(request, name) for name in Request.__struct_fields__}
-    [chunk] = AnswerSealer(Request(**told), KEY).seal(ANSWER, final=True)
+    [chunk] = AnswerSealer(bare_of(request), KEY).seal(ANSWER, final=True)
     with pytest.raises(TamperedChunk):
         AnswerOpener(request, KEY, envelope.reply_key).open(chunk)
 
@@ -173,8 +178,7 @@ def check_the_public_key_alone_asks_nothing() -> None:
 def check_the_reply_key_is_the_clients() -> None:
     """Whoever has the private key, and not the shared one, cannot put another in its place."""
     sealed, request, _ = sent()
-    members = {name: getattr(request, name) for name in HpkeRequest.__struct_fields__}
-    mine = HpkeRequest(**members | {"reply_key": b64(STRANGER.public.raw)})
+    mine = changed(request, reply_key=b64(STRANGER.public.raw))
     forged = OTHER.request_fernet.encrypt_at_time(pad_request(mine.encode()), 0).decode()
     rejected(opener_of().open, enveloped(f"1.{KEY.id}.{forged}"))
     version, kid, ciphertext = inside_of(sealed).split(".")
@@ -239,19 +243,13 @@ def check_one_time_keys_are_used_once() -> None:
 def check_answers_are_bound_to_their_request() -> None:
     """Even where two requests have the same one-time key, which a client does not do."""
     mine, theirs = (request_of(Envelope(WORKER.public, STRANGER)) for _ in range(2))
-    same_secret = HpkeRequest(
-        **{name: getattr(theirs, name) for name in HpkeRequest.__struct_fields__}
-        | {"request_id": mine.request_id}
-    )
-    for request in (theirs, same_secret):
-        [chunk] = AnswerSealer(theirs, KEY).seal(ANSWER, final=True)
-        if request is same_secret:
-            # The share is bound as well, so that no secret is taken for another request's.
-            share = unb64(chunk.split(".")[1])
-            with pytest.raises(ValueError, match="not made for this request"):
-                STRANGER.reply_secret(share, mine.request_id)
+    [chunk] = AnswerSealer(theirs, KEY).seal(ANSWER, final=True)
+    for request in (mine, changed(theirs, request_id=mine.request_id)):
         with pytest.raises(TamperedChunk):
-            AnswerOpener(mine if request is theirs else same_secret, KEY, STRANGER).open(chunk)
+            AnswerOpener(request, KEY, STRANGER).open(chunk)
+    # The share is bound as well, so that no secret is taken for another request's.
+    with pytest.raises(ValueError, match="not made for this request"):
+        STRANGER.reply_secret(unb64(chunk.split(".")[1]), mine.request_id)
 
 
 def hostile_requests() -> dict[str, str]:
@@ -354,8 +352,7 @@ def looks_first(self: RequestOpener, sealed: Any) -> Any:
 
 
 def without_envelope(request: Request, key: Key, envelope: Any = None) -> str:
-    bare = Request(**{name: getattr(request, name) for name in Request.__struct_fields__})
-    content = pad_request(bare.encode())
+    content = pad_request(bare_of(request).encode())
     return f"1.{key.id}." + key.request_fernet.encrypt_at_time(content, 0).decode()
 
 
@@ -557,8 +554,7 @@ def test_faults_of_private_keys_are_told_together_and_never_quote() -> None:
 def test_a_reply_key_that_is_none_is_rejected(reply_key: str) -> None:
     envelope = Envelope(WORKER.public)
     request = request_of(envelope)
-    members = {name: getattr(request, name) for name in HpkeRequest.__struct_fields__}
-    broken = HpkeRequest(**members | {"reply_key": reply_key.removeprefix("hpke-public.")})
+    broken = changed(request, reply_key=reply_key.removeprefix("hpke-public."))
     rejected(opener_of().open, seal_request(broken, KEY, envelope))
 
 
