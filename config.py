@@ -7,7 +7,7 @@ libraries and children is worker_environment.py's, the client's settings are cli
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,10 @@ class Settings:
     def records(self) -> Path:
         """The records of past starts."""
         return self.own_folder / "starts"
+
+    def model_path_of(self, model: str, asked: Sequence[str]) -> Path | None:
+        """Return where MODEL_PATH has the model: the first of MODELS, or else of those `asked`."""
+        return self.model_path if model == (self.models or asked)[0] else None
 
     @property
     def failed_starts(self) -> Path:

@@ -96,11 +96,10 @@ def _home(settings: Settings) -> Path:
 
 
 def _here(model: str, models: Sequence[str], settings: Settings) -> dict[str, Any]:
-    """Return where `utils` looks for one of `models`; MODEL_PATH holds the first of MODELS."""
-    first = (settings.models or models)[0]
+    """Return where `utils` looks for one of `models`."""
     return {
         "hub_cache": settings.hub_cache,
-        "model_path": settings.model_path if model == first else None,
+        "model_path": settings.model_path_of(model, models),
         "model_dirs": settings.model_dirs,
     }
 

@@ -90,8 +90,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     name, shape = utils.shape_of(
         model,
         hub_cache=settings.hub_cache,
-        # It holds the first of MODELS, as for a worker.
-        model_path=settings.model_path if model in (settings.models[:1] or (model,)) else None,
+        model_path=settings.model_path_of(model, [model]),
         model_dirs=settings.model_dirs,
         token=settings.hf_token,
         endpoint=settings.hf_endpoint,
