@@ -338,7 +338,6 @@ def test_promise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 REAL_RESPONSE = Key.response_fernet
 REAL_OPEN = RequestOpener._open
 REAL_SEAL = seal_request
-REAL_RING_OPEN = HpkeKeyRing.open
 REAL_ATTEMPT = AnswerOpener._attempt
 
 
