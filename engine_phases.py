@@ -13,7 +13,7 @@ import os
 import re
 from pathlib import Path
 
-import config
+from worker_environment import environment
 
 VARIABLE = "WORKER_PHASES_FILE"
 """Names the file in the environment of vLLM's processes."""
@@ -34,7 +34,7 @@ class PhaseFilter(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._path = config.environment().get(VARIABLE, "")
+        self._path = environment().get(VARIABLE, "")
         self._compiling_since = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:

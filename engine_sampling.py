@@ -24,6 +24,7 @@ from protocol import GenerateBody
 
 
 def choice_details(choice: Any, tokenizer: Any) -> list[AnswerEvent]:
+    """Return what is told of a choice beside its text, as at most one event (SPEC section 8.1)."""
     detail: dict[str, Any] = {}
     if choice.logprobs:
         detail["logprobs"] = [
@@ -50,6 +51,7 @@ def _logprob(token_id: int, position: Mapping[int, Any], tokenizer: Any) -> dict
 
 
 def prompt_logprobs(output: Any) -> list[dict[str, float] | None]:
+    """Return for each token of the prompt its candidates, by id; None where vLLM has none."""
     return [
         None
         if position is None

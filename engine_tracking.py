@@ -99,6 +99,7 @@ class TrackedLLM(AsyncLLM):
 
     @property
     def errored(self) -> bool:
+        """Whether the engine is dead, as vLLM sees it or because it was given up."""
         return self._given_up or super().errored
 
     def give_up(self) -> None:

@@ -26,6 +26,7 @@ def checks(
     `files` are the models' files with their sizes when they were made ready.
     """
 
+    # The platform is told the name of the function that failed.
     def key() -> None:
         _check_keys(keys, endpoint_id)
 

@@ -100,6 +100,7 @@ class HpkePublicKey:
             return cls(_decode(text, _PUBLIC, PUBLIC_BYTES))
         except ValueError as error:
             fault = f"HPKE_PUBLIC_KEY {error}"
+        # Not inside of `except`, as in Key.parse: a private key may have been given by mistake.
         raise ConfigError([fault])
 
     @property

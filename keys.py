@@ -1,8 +1,8 @@
 """The pre-shared keys, and what is derived from them (SPEC.md section 2).
 
-Owns the form that keys have in settings (their options are key_terms.py's), key ids, and which
-key is for what. Knows nothing
-of what is sealed under them (crypto.py, simple_form.py) or of the environment.
+Owns the form that keys have in settings (their options are key_terms.py's), key ids, and which key
+is for what. Knows nothing of what is sealed under them (crypto.py, simple_form.py) or of the
+environment.
 """
 
 import base64
@@ -83,6 +83,7 @@ class Key(KeyId):
             return cls(_key_bytes(text), name)
         except ValueError as error:
             fault = f"the encryption key {error}"
+        # Not inside of `except`: no error that knows the text is to be this one's context.
         raise ConfigError([fault])
 
     @property

@@ -30,6 +30,7 @@ from model_files import human_size
 from model_lease import Pace
 from model_needs import OPTION_NAMES
 from utils import Verdict
+from worker_environment import environment, prepare_hub, take_secrets
 
 _DESCRIPTION = "Prepare and look after the models on a volume."
 _EPILOG = """\
@@ -95,11 +96,10 @@ def _home(settings: Settings) -> Path:
 
 
 def _here(model: str, models: Sequence[str], settings: Settings) -> dict[str, Any]:
-    """Return where `utils` looks for one of `models`; MODEL_PATH holds the first of MODELS."""
-    first = (settings.models or models)[0]
+    """Return where `utils` looks for one of `models`."""
     return {
         "hub_cache": settings.hub_cache,
-        "model_path": settings.model_path if model == first else None,
+        "model_path": settings.model_path_of(model, models),
         "model_dirs": settings.model_dirs,
     }
 
@@ -311,10 +311,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     # Whoever ends the command ends it tidily: downloads are stopped, leases given back.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED_CODE))
-    environ = config.take_secrets(config.environment())
+    environ = take_secrets(environment())
     settings, faults = config.read_for_models(environ, OPTION_NAMES)
     args = _build_parser(settings).parse_args(argv)
-    config.prepare_hub(config.environment(), settings)
+    prepare_hub(environment(), settings)
     if args.command == "plan":  # the others take no notice of the engine's settings
         faults += config.misspelt(environ, model_plan.SETTING_NAMES)
     try:

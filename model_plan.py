@@ -90,8 +90,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     name, shape = utils.shape_of(
         model,
         hub_cache=settings.hub_cache,
-        # It holds the first of MODELS, as for a worker.
-        model_path=settings.model_path if model in (settings.models[:1] or (model,)) else None,
+        model_path=settings.model_path_of(model, [model]),
         model_dirs=settings.model_dirs,
         token=settings.hf_token,
         endpoint=settings.hf_endpoint,
@@ -139,6 +138,7 @@ def _lengths(found: Estimate) -> list[int]:
 
 
 def lines(name: str, found: Estimate, memory: Memory | None) -> Iterator[str]:
+    """Yield the plan for people; `memory` is None where the devices are not known here."""
     each = " on each device" if found.devices > 1 else ""
     rows = [
         (f"weights{each}", _size(found.weights_bytes)),

@@ -84,21 +84,7 @@ class ReplayStore:
 
         ConfigError for what is no address; it is not quoted, since a password may stand in it.
         """
-        try:
-            self._redis = redis.asyncio.Redis.from_url(
-                url,
-                socket_timeout=timeout_s / 2,
-                socket_connect_timeout=timeout_s / 2,
-                socket_keepalive=True,
-                # A connection that was closed while nobody used it; all commands may be repeated.
-                retry=Retry(NoBackoff(), 1),
-            )
-        except (ValueError, TypeError):
-            fault = "REPLAY_REDIS_URL is no address like redis://:password@host:6379/0 or rediss://"
-        else:
-            fault = ""
-        if fault:
-            raise ConfigError([fault])
+        self._redis = _client(url, timeout_s)
         self._endpoint_id = endpoint_id
         self._clock_skew_s = clock_skew_s
         self._may_do_without = may_do_without
@@ -272,6 +258,22 @@ class ReplayStore:
         if not self._available:
             log.info("the replay store answers again")
         self._available = True
+
+
+def _client(url: str, timeout_s: float) -> redis.asyncio.Redis:
+    """Return a client, which connects when it is used; ConfigError for what is no address."""
+    with contextlib.suppress(ValueError, TypeError):
+        return redis.asyncio.Redis.from_url(
+            url,
+            socket_timeout=timeout_s / 2,
+            socket_connect_timeout=timeout_s / 2,
+            socket_keepalive=True,
+            # A connection that was closed while nobody used it; all commands may be repeated.
+            retry=Retry(NoBackoff(), 1),
+        )
+    # Not inside of `except`: no error that knows the address is to be this one's context.
+    fault = "REPLAY_REDIS_URL is no address like redis://:password@host:6379/0 or rediss://"
+    raise ConfigError([fault])
 
 
 class _Unavailable(Exception):

@@ -20,7 +20,8 @@ from simple_form import SimpleSealer
 class Reply(Protocol):
     """Turns events into what is yielded; End is always the last of the last call."""
 
-    def render(self, events: Iterable[AnswerEvent]) -> list[Any]: ...
+    def render(self, events: Iterable[AnswerEvent]) -> list[Any]:
+        """Return what is yielded of these events; none where there is nothing to say yet."""
 
 
 def rejection(as_events: bool) -> list[Any]:
@@ -67,6 +68,7 @@ class SealedReply:
         return self._frames.encode(events)
 
     def seal(self, payload: bytes, final: bool) -> list[str]:
+        """Return the chunks of frames; of no frames a padding, or the note that waits."""
         if self._note and not payload and not final:
             note, self._note = self._note, None
             return self._seal_note(note)

@@ -29,13 +29,14 @@ import engine_tasks
 import fitness
 import log_guard
 import process_hygiene
-from attempts import Attempt, Store
+import worker_environment
 from base_models import Run
 from boot import Booted, boot
 from client_limits import ClientLimits, Place
 from config import Settings
 from crypto import CELL_PAYLOAD_BYTES, RequestOpener
 from errors import ConfigError, EngineDead, ModelError, Rejected, RequestError
+from failed_starts import FailedStarts
 from frames import AnswerEvent, Body, End, Head
 from hpke import HpkeKeyRing
 from keys import Key, KeyRing
@@ -52,9 +53,9 @@ from protocol import (
 )
 from replay_guard import ReplayGuard
 from replies import PlaintextReply, Reply, SealedReply, SimpleReply, rejection
+from request_attempt import RequestAttempt, Store
 from request_bounds import Bounds, default_max_choices
 from simple_form import open_simple
-from start_attempts import StartAttempts
 
 VERSION = "0.1.0"
 
@@ -74,7 +75,7 @@ class _Job:
     run: Run | None = None
     as_events: bool = False
     """Whether it is answered in server-sent events (SPEC section 1.2)."""
-    attempt: Attempt | None = None
+    attempt: RequestAttempt | None = None
     """What remembers the request; None for one that is not to be remembered."""
     place: Place | None = None
     """What it takes of its client's limits."""
@@ -212,7 +213,7 @@ class Handler:
             if isinstance(parsed, SealedInput):
                 self._opener.check(opened.request)
             if asked.key and asked.replay_id is not None:
-                state.attempt = Attempt(
+                state.attempt = RequestAttempt(
                     self._guard, self._store, asked.key, asked.replay_id, asked.expires_at
                 )
         except RequestError as error:
@@ -248,7 +249,7 @@ class Handler:
             if asked.error is not None:
                 raise asked.error
             if state.attempt:
-                await state.attempt.everywhere()
+                await state.attempt.begin_everywhere()
             if asked.key and asked.call.method == "POST":
                 state.place = self._limits.enter(asked.key.client, asked.key.terms)
                 state.place.cost = lambda: state.tokens().get("total_tokens", 0)
@@ -376,29 +377,29 @@ def main() -> int:
     """Run the worker until it is told to stop; return its exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     process_hygiene.seal_off()
-    environ = config.environment()
+    environ = worker_environment.environment()
     here = Path(__file__).resolve().parent
-    config.prepare_libraries(environ, here / "vllm_logging.json")
+    worker_environment.prepare_libraries(environ, here / "vllm_logging.json")
     log_guard.install()
-    taken = config.take_secrets(environ)
+    taken = worker_environment.take_secrets(environ)
     own, _ = config.read_for_models(taken)
-    attempts = StartAttempts(own.failing, own.endpoint_id, own.worker_id)
+    failed_starts = FailedStarts(own.failed_starts, own.endpoint_id, own.worker_id)
     temporary = process_hygiene.TemporaryFolder(environ.get("TMPDIR"))
     try:
-        config.prepare_temporary(environ, temporary.path)
-        attempts.begin(log)
-        booted = boot(taken, attempts)
-        config.lend_api_key(environ, taken)
+        worker_environment.prepare_temporary(environ, temporary.path)
+        failed_starts.begin(log)
+        booted = boot(taken, failed_starts)
+        worker_environment.lend_api_key(environ, taken)
         return serve(booted)
     except SystemExit:  # SIGTERM before there was a loop to tell
-        attempts.withdraw()
+        failed_starts.withdraw()
         raise
     except (ConfigError, ModelError) as error:
         log.error("the worker cannot start:\n%s", str(error))
-        attempts.failed(f"{type(error).__name__}: {error}", log)
+        failed_starts.keep_reason(f"{type(error).__name__}: {error}", log)
         return 1
     except Exception as error:
-        attempts.failed(type(error).__name__, log)
+        failed_starts.keep_reason(type(error).__name__, log)
         raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -444,7 +445,7 @@ def serve(booted: Booted) -> int:
                 booted.model_files,
                 lambda: models.dead,
             ),
-            connected=lambda: config.withdraw_api_key(config.environment()),
+            connected=lambda: worker_environment.withdraw_api_key(worker_environment.environment()),
         )
     )
     return 1 if failed else 0

@@ -72,11 +72,13 @@ class Pieces(Generic[T, B]):
 
 
 async def read_answer(pieces: Pieces[Delta, AnswerBuilder]) -> Answer:
+    """Wait for the end and return the whole answer."""
     await pieces.rest()
     return pieces.builder.answer(pieces.job.id, pieces.job.request_id)
 
 
 async def read_response(pieces: Pieces[bytes, ResponseBuilder], check: bool) -> Response:
+    """Wait for the end and return the response; with `check` one that is an error is raised."""
     await pieces.rest()
     response = pieces.builder.response(pieces.job.id, pieces.job.request_id)
     if check and (error := response.error()):
@@ -85,6 +87,7 @@ async def read_response(pieces: Pieces[bytes, ResponseBuilder], check: bool) -> 
 
 
 async def read_head(pieces: Pieces[bytes, ResponseBuilder], check: bool) -> Head:
+    """Wait for the status alone; with `check` an error is waited for to its end and raised."""
     while (head := pieces.builder.head) is None:
         if pieces.failure:
             raise pieces.failure

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import config
 import machine_memory
 import model_shape
 from engine_adapters import Adapter
@@ -23,11 +22,12 @@ from frames import AnswerEvent, Body, End, Event, Head, Sse, Text
 from model_fit import estimate
 from model_needs import FitSettings
 from protocol import GENERATE, Call
+from worker_environment import environment, prepare_libraries
 
 ROOT = Path(__file__).parent.parent
-config.prepare_libraries(config.environment(), ROOT / "vllm_logging.json")
+prepare_libraries(environment(), ROOT / "vllm_logging.json")
 # Bound to a core that everything else needs too, an engine can keep it for seconds.
-config.environment().setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+environment().setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 with warnings.catch_warnings():  # torch warns of itself while it is imported
     warnings.simplefilter("ignore")

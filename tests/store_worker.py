@@ -19,12 +19,13 @@ import config
 import log_guard
 import rp_handler
 from boot import Booted
+from failed_starts import FailedStarts
 from frames import AnswerEvent, End, Head, Text
 from keys import KeyRing
 from protocol import Call
 from readiness import Readiness
 from replay_store import ReplayStore
-from start_attempts import StartAttempts
+from worker_environment import prepare_libraries
 
 PAUSE_S = 0.05
 
@@ -73,7 +74,7 @@ class Preparation:
 
 
 def main() -> None:
-    config.prepare_libraries(os.environ, Path(rp_handler.__file__).with_name("vllm_logging.json"))
+    prepare_libraries(os.environ, Path(rp_handler.__file__).with_name("vllm_logging.json"))
     log_guard.install()
     settings, _ = config.read(os.environ, ())
     store = ReplayStore(
@@ -85,13 +86,15 @@ def main() -> None:
         settings=settings,
         keys=KeyRing.parse(settings.encryption_key),
         hpke_keys=None,
+        store=store,
         models=models,
+        model_files={},
+        compile_cache=None,
         readiness=Readiness(),
         preparation=preparation,
-        compile_cache=None,
-        store=store,
-        attempts=StartAttempts(settings.failing, settings.endpoint_id, settings.worker_id),
-        model_files={},
+        failed_starts=FailedStarts(
+            settings.failed_starts, settings.endpoint_id, settings.worker_id
+        ),
     )
     code = rp_handler.serve(booted)
     rp_handler.end_children()

@@ -21,6 +21,7 @@ import pytest
 from cryptography.fernet import Fernet, InvalidToken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace as changed
 
 import crypto
 import fernets
@@ -32,6 +33,8 @@ from keys import Key, KeyRing, generate_key
 from protocol import MAX_CHUNK_BYTES, MAX_REQUEST_BYTES, Request, pad_request, parse_generate
 from replay_guard import ReplayGuard
 from simple_form import OpenedSimple, SimpleSealer, open_simple, open_simple_answer
+from tests import promises
+from tests.attack.weakened import is_decodable, opened_if_known
 
 NOW = 1_790_000_000
 AUDIENCE = "endpoint"
@@ -152,10 +155,7 @@ def check_answer_is_bound_to_request() -> None:
     mine, theirs = request_of(), request_of()
     [chunk] = AnswerSealer(theirs, KEY).seal(b"their answer", final=True)
     tampered(lambda: AnswerOpener(mine, KEY).open(chunk))
-    same_secret = Request(
-        **{name: getattr(theirs, name) for name in theirs.__struct_fields__}
-        | {"request_id": mine.request_id}
-    )
+    same_secret = changed(theirs, request_id=mine.request_id)
     tampered(lambda: AnswerOpener(same_secret, KEY).open(chunk))
 
 
@@ -371,16 +371,7 @@ def check_simple_time() -> None:
         rejected(partial(simple_of, text, now=NOW + passed_s))
 
 
-CHECKS = {
-    name.removeprefix("check_"): check
-    for name, check in list(globals().items())
-    if name.startswith("check_")
-}
-
-
-def run_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check: Any = CHECKS[name]
-    check(monkeypatch) if check is check_same_work else check()
+CHECKS = promises.checks_of(globals())
 
 
 @pytest.mark.claim(
@@ -390,21 +381,12 @@ def run_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.parametrize("name", CHECKS)
 def test_promise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_check(name, monkeypatch)
+    promises.run(CHECKS[name], monkeypatch)
 
 
 # The weakened copies ----------------------------------------------------------------------
 
 
-def early_exit(self: RequestOpener, sealed: Any) -> Any:
-    """An opener that looks for the key first, as one would write it at first."""
-    kid = str(sealed).split(".")[1:2]
-    if not kid or self._keys.get(kid[0]) is None:
-        return None
-    return REAL_OPEN(self, sealed)
-
-
-REAL_OPEN = RequestOpener._open
 REAL_RESPONSE = Key.response_fernet
 
 
@@ -414,14 +396,6 @@ def tell_cause(self: RequestOpener, sealed: Any) -> Any:
     except (InvalidToken, AttributeError, IndexError) as error:
         raise Rejected from error
     return inside
-
-
-def lenient(text: str) -> bool:
-    try:
-        base64.urlsafe_b64decode(text)
-    except ValueError:
-        return False
-    return True
 
 
 def unchecked_padding(inside: bytes) -> bytes:
@@ -506,7 +480,7 @@ WEAKENED: dict[str, tuple[Any, ...]] = {
     ),
     "HMAC of requests ignored": ("request_bits", Fernet, "_verify_signature", nothing),
     "HMAC of chunks ignored": ("chunk_bits", Fernet, "_verify_signature", nothing),
-    "any base64 taken": ("one_spelling", crypto, "is_canonical", lenient),
+    "any base64 taken": ("one_spelling", crypto, "is_canonical", is_decodable),
     "any timestamp taken": ("no_clock", crypto, "TIME_ZERO", "gA"),
     "padding not looked at": ("padding_is_zero", crypto, "unpad_request", unchecked_padding),
     "no response secret": ("answer_is_bound_to_request", Key, "response_fernet", no_request),
@@ -517,8 +491,8 @@ WEAKENED: dict[str, tuple[Any, ...]] = {
     "every chunk final": ("order_and_end", crypto, "_parse_chunk", always_final),
     "no padding": ("sizes_tell_nothing", crypto, "pad", unpadded),
     "the cause told": ("one_rejection", RequestOpener, "_open", tell_cause),
-    "early exit, counted": ("same_work", RequestOpener, "_open", early_exit),
-    "early exit, timed": ("same_time", RequestOpener, "_open", early_exit),
+    "early exit, counted": ("same_work", RequestOpener, "_open", opened_if_known),
+    "early exit, timed": ("same_time", RequestOpener, "_open", opened_if_known),
     "time and place not checked": ("time_and_place", RequestOpener, "check", nothing),
     "finished ones forgotten": ("replay", ReplayGuard, "finish", ReplayGuard.abandon),
     "forgotten within the skew": ("replay", ReplayGuard, "_forget", forget_too_soon),
@@ -536,10 +510,9 @@ WEAKENED: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("name", WEAKENED)
 def test_a_weakened_copy_breaks_the_promise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check, *patches = WEAKENED[name]
-    for owner, attribute, replacement in zip(*[iter(patches)] * 3, strict=True):
-        monkeypatch.setattr(owner, attribute, replacement)
+    promises.weaken(patches, monkeypatch)
     with pytest.raises((AssertionError, pytest.fail.Exception, RequestError, InvalidToken)):
-        run_check(check, monkeypatch)
+        promises.run(CHECKS[check], monkeypatch)
 
 
 def test_every_promise_has_a_weakened_copy() -> None:

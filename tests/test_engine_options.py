@@ -8,11 +8,11 @@ from typing import get_args
 
 import pytest
 
-import config
 import model_prefetch
 from errors import ConfigError
+from worker_environment import environment, prepare_libraries
 
-config.prepare_libraries(config.environment(), Path(__file__).parent.parent / "vllm_logging.json")
+prepare_libraries(environment(), Path(__file__).parent.parent / "vllm_logging.json")
 with warnings.catch_warnings():  # torch warns of itself while it is imported
     warnings.simplefilter("ignore")
     from vllm.engine.arg_utils import AsyncEngineArgs

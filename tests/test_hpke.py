@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.backends.openssl.backend import Backend
+from msgspec.structs import replace as changed
 
 import boot
 import config
@@ -37,6 +38,7 @@ from gateway_config import GatewaySettings
 from hpke import Envelope, HpkeKeyRing, HpkePrivateKey, HpkePublicKey
 from keys import Key, KeyRing, generate_key
 from protocol import HpkeRequest, Request, pad_request
+from tests import promises
 from tests.cli import run, run_apart
 from tests.echo import Echo
 from tests.gateways import RunningGateway
@@ -52,6 +54,11 @@ def request_of(envelope: Envelope | None, **changes: Any) -> Request:
     given: dict[str, Any] = {"audience": "endpoint", "ttl_s": 600, "now": lambda: NOW}
     body = b'{"prompt":"%s"}' % PROMPT.encode()
     return new_request("generate", **given | {"body": body, "envelope": envelope} | changes)
+
+
+def bare_of(request: Request) -> Request:
+    """Return a request without what public-key mode adds to it."""
+    return Request(**{name: getattr(request, name) for name in Request.__struct_fields__})
 
 
 def opener_of(*keys: HpkePrivateKey, **settings: Any) -> RequestOpener:
@@ -145,8 +152,7 @@ def check_no_downgrade_of_the_simple_form() -> None:
 def check_no_downgrade_of_answers() -> None:
     """Also not by somebody who has come by what the request said."""
     _, request, envelope = sent()
-    told = {name: getattr(request, name) for name in Request.__struct_fields__}
-    [chunk] = AnswerSealer(Request(**told), KEY).seal(ANSWER, final=True)
+    [chunk] = AnswerSealer(bare_of(request), KEY).seal(ANSWER, final=True)
     with pytest.raises(TamperedChunk):
         AnswerOpener(request, KEY, envelope.reply_key).open(chunk)
 
@@ -172,8 +178,7 @@ def check_the_public_key_alone_asks_nothing() -> None:
 def check_the_reply_key_is_the_clients() -> None:
     """Whoever has the private key, and not the shared one, cannot put another in its place."""
     sealed, request, _ = sent()
-    members = {name: getattr(request, name) for name in HpkeRequest.__struct_fields__}
-    mine = HpkeRequest(**members | {"reply_key": b64(STRANGER.public.raw)})
+    mine = changed(request, reply_key=b64(STRANGER.public.raw))
     forged = OTHER.request_fernet.encrypt_at_time(pad_request(mine.encode()), 0).decode()
     rejected(opener_of().open, enveloped(f"1.{KEY.id}.{forged}"))
     version, kid, ciphertext = inside_of(sealed).split(".")
@@ -238,19 +243,13 @@ def check_one_time_keys_are_used_once() -> None:
 def check_answers_are_bound_to_their_request() -> None:
     """Even where two requests have the same one-time key, which a client does not do."""
     mine, theirs = (request_of(Envelope(WORKER.public, STRANGER)) for _ in range(2))
-    same_secret = HpkeRequest(
-        **{name: getattr(theirs, name) for name in HpkeRequest.__struct_fields__}
-        | {"request_id": mine.request_id}
-    )
-    for request in (theirs, same_secret):
-        [chunk] = AnswerSealer(theirs, KEY).seal(ANSWER, final=True)
-        if request is same_secret:
-            # The share is bound as well, so that no secret is taken for another request's.
-            share = unb64(chunk.split(".")[1])
-            with pytest.raises(ValueError, match="not made for this request"):
-                STRANGER.reply_secret(share, mine.request_id)
+    [chunk] = AnswerSealer(theirs, KEY).seal(ANSWER, final=True)
+    for request in (mine, changed(theirs, request_id=mine.request_id)):
         with pytest.raises(TamperedChunk):
-            AnswerOpener(mine if request is theirs else same_secret, KEY, STRANGER).open(chunk)
+            AnswerOpener(request, KEY, STRANGER).open(chunk)
+    # The share is bound as well, so that no secret is taken for another request's.
+    with pytest.raises(ValueError, match="not made for this request"):
+        STRANGER.reply_secret(unb64(chunk.split(".")[1]), mine.request_id)
 
 
 def hostile_requests() -> dict[str, str]:
@@ -325,21 +324,12 @@ def check_rotation() -> None:
     rejected(opener_of(OLD, STRANGER).open, sealed)
 
 
-CHECKS = {
-    name.removeprefix("check_"): check
-    for name, check in list(globals().items())
-    if name.startswith("check_")
-}
-
-
-def run_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check: Any = CHECKS[name]
-    check(monkeypatch) if check is check_same_work else check()
+CHECKS = promises.checks_of(globals())
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_promise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_check(name, monkeypatch)
+    promises.run(CHECKS[name], monkeypatch)
 
 
 # The weakened copies ----------------------------------------------------------------------
@@ -348,7 +338,6 @@ def test_promise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 REAL_RESPONSE = Key.response_fernet
 REAL_OPEN = RequestOpener._open
 REAL_SEAL = seal_request
-REAL_RING_OPEN = HpkeKeyRing.open
 REAL_ATTEMPT = AnswerOpener._attempt
 
 
@@ -362,8 +351,7 @@ def looks_first(self: RequestOpener, sealed: Any) -> Any:
 
 
 def without_envelope(request: Request, key: Key, envelope: Any = None) -> str:
-    bare = Request(**{name: getattr(request, name) for name in Request.__struct_fields__})
-    content = pad_request(bare.encode())
+    content = pad_request(bare_of(request).encode())
     return f"1.{key.id}." + key.request_fernet.encrypt_at_time(content, 0).decode()
 
 
@@ -418,10 +406,6 @@ def any_use_opened(self: HpkePrivateKey, sealed: bytes, info: bytes) -> bytes | 
         return hpke._suite().decrypt(sealed, self._key, info=b"")
     except Exception:
         return None
-
-
-def worker_key_for_answers() -> HpkePrivateKey:
-    return WORKER
 
 
 def not_padded(content: bytes) -> bytes:
@@ -486,10 +470,9 @@ WEAKENED: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("name", WEAKENED)
 def test_a_weakened_copy_breaks_the_promise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check, *patches = WEAKENED[name]
-    for owner, attribute, replacement in zip(*[iter(patches)] * 3, strict=True):
-        monkeypatch.setattr(owner, attribute, replacement, raising=False)
+    promises.weaken(patches, monkeypatch)
     with pytest.raises((AssertionError, pytest.fail.Exception, RequestError, Rejected)):
-        run_check(check, monkeypatch)
+        promises.run(CHECKS[check], monkeypatch)
 
 
 def test_every_promise_has_a_weakened_copy() -> None:
@@ -570,8 +553,7 @@ def test_faults_of_private_keys_are_told_together_and_never_quote() -> None:
 def test_a_reply_key_that_is_none_is_rejected(reply_key: str) -> None:
     envelope = Envelope(WORKER.public)
     request = request_of(envelope)
-    members = {name: getattr(request, name) for name in HpkeRequest.__struct_fields__}
-    broken = HpkeRequest(**members | {"reply_key": reply_key.removeprefix("hpke-public.")})
+    broken = changed(request, reply_key=reply_key.removeprefix("hpke-public."))
     rejected(opener_of().open, seal_request(broken, KEY, envelope))
 
 
@@ -649,7 +631,7 @@ def test_a_worker_tells_every_fault_of_its_keys(monkeypatch: pytest.MonkeyPatch)
     faults = faults_of(boot._checked, environ, options)
     assert "the encryption key" in faults and "HPKE_PRIVATE_KEY" in faults
     environ |= {"ENCRYPTION_KEY": generate_key(), "HPKE_PRIVATE_KEY": f"{WORKER.text},{OLD.text}"}
-    _, _, ring, _ = boot._checked(environ, options)
+    ring = boot._checked(environ, options).hpke_keys
     assert ring is not None and len(ring) == 2
 
 

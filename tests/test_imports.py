@@ -101,7 +101,7 @@ def reads_environment(tree: ast.AST) -> set[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             where = node.name
         if isinstance(node, ast.Attribute) and node.attr in READS_ENVIRONMENT:
-            # `libc.getenv` is how config erases a secret: the same environment.
+            # `libc.getenv` is how worker_environment erases a secret: the same environment.
             found.add(where)
         if isinstance(node, ast.ImportFrom) and node.module == "os":
             found.update(where for alias in node.names if alias.name in READS_ENVIRONMENT)
@@ -114,7 +114,7 @@ def reads_environment(tree: ast.AST) -> set[str]:
 
 def test_only_the_settings_read_the_environment() -> None:
     readers = {name: found for name, tree in TREES.items() if (found := reads_environment(tree))}
-    assert readers.keys() == {"config", "client_config", "local_runpod"}
+    assert readers.keys() == {"worker_environment", "client_config", "local_runpod"}
     assert readers["client_config"] == {"environment"}
     assert readers["local_runpod"] == {"main"}
 

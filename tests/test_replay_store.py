@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 import config
-from attempts import Attempt
+import worker_environment
 from errors import ConfigError, RequestError
 from keys import KeyRing, generate_key
 from replay_guard import ReplayGuard
 from replay_store import ReplayStore
+from request_attempt import RequestAttempt
 from tests.claims import Trials
 from tests.redis_server import PASSWORD, RedisServer
 
@@ -283,18 +284,18 @@ async def test_here_and_everywhere(server: RedisServer) -> None:
     guards = ReplayGuard(), ReplayGuard()
     async with worker(server) as one, worker(server) as two:
 
-        def attempt(number: int) -> Attempt:
-            return Attempt(guards[number], (one, two)[number], key, "kid.id", expiry())
+        def attempt(number: int) -> RequestAttempt:
+            return RequestAttempt(guards[number], (one, two)[number], key, "kid.id", expiry())
 
         first = attempt(0)
-        await first.everywhere()
+        await first.begin_everywhere()
         with pytest.raises(RequestError) as caught:
             attempt(0)
         assert caught.value.code == "already_running"
         first.abandon()
         first.finish()  # too late: it was given up
         second = attempt(1)
-        await second.everywhere()
+        await second.begin_everywhere()
         second.finish()
         second.abandon()  # too late: it was answered
         with pytest.raises(RequestError) as caught:
@@ -302,7 +303,7 @@ async def test_here_and_everywhere(server: RedisServer) -> None:
         assert caught.value.code == "replayed"
         third = attempt(0)
         with pytest.raises(RequestError) as caught:
-            await third.everywhere()
+            await third.begin_everywhere()
         assert caught.value.code == "replayed"
 
 
@@ -312,7 +313,9 @@ async def test_the_store_learns_neither_ids_nor_keys(server: RedisServer) -> Non
     guard = ReplayGuard()
     async with worker(server) as one:
         for key in keys:
-            await Attempt(guard, one, key, f"{key.id}.{request_id}", expiry()).everywhere()
+            await RequestAttempt(
+                guard, one, key, f"{key.id}.{request_id}", expiry()
+            ).begin_everywhere()
         names = {name.decode() for name in server.marks()}
         held = repr(server.marks())
         other = ReplayStore(server.url, "another endpoint", clock_skew_s=60)
@@ -393,5 +396,5 @@ def test_settings() -> None:
     assert PASSWORD not in repr(settings)
     _, faults = config.read_for_models({"REPLAY_REDIS_UNAVAILABLE": "ignore"})
     assert faults == ["REPLAY_REDIS_UNAVAILABLE is neither refuse nor accept"]
-    config.take_secrets(given)
+    worker_environment.take_secrets(given)
     assert "REPLAY_REDIS_URL" not in given

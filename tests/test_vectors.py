@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace as changed
 
 import crypto
 import simple_form
@@ -497,10 +498,7 @@ def test_keys_refuse(case: Case) -> None:
 
 def request_with(case: Case) -> Request:
     request = crypto.new_request("worker", None, audience="a", ttl_s=1, method="GET")
-    return Request(
-        **{name: getattr(request, name) for name in request.__struct_fields__}
-        | {name: case[name] for name in ("request_id", "response_secret")}
-    )
+    return changed(request, request_id=case["request_id"], response_secret=case["response_secret"])
 
 
 def opener(case: Case) -> crypto.RequestOpener:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -60,6 +60,37 @@ def tokens(count: int, **params: Any) -> dict[str, Any]:
     }
 
 
+def start(command: Sequence[str], log: Path, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own; all that its processes write goes to the log."""
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            **options,
+        )
+
+
+def until_ready(
+    platform: LocalRunpod, name: str, process: subprocess.Popen[bytes], log: Path
+) -> None:
+    """Wait until a worker asks for jobs; what fails tells the end of its log."""
+
+    def asks() -> bool:
+        code = process.poll()
+        assert code is None, f"the worker ended with {code}"
+        worker = platform.workers.get(name)
+        return worker is not None and worker.ready
+
+    try:
+        until(asks, START_TIMEOUT_S, f"worker {name} ready")
+    except AssertionError as error:
+        words = log.read_text(errors="replace")[-6000:]
+        raise AssertionError(f"{error}; its log ends with:\n{words}") from None
+
+
 class RunningWorker:
     """One worker process of a platform; `settings` are added to its environment.
 
@@ -104,16 +135,7 @@ class RunningWorker:
             for variable in ("HOME", "TMPDIR", "VLLM_CACHE_ROOT", "XDG_CACHE_HOME"):
                 (self.folder / variable).mkdir()
                 env[variable] = str(self.folder / variable)
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(program)],
-                env=env,
-                cwd=cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self.process = start([sys.executable, str(program)], self._log, env=env, cwd=cwd)
 
     @property
     def log(self) -> str:
@@ -127,14 +149,7 @@ class RunningWorker:
 
     def ready(self) -> Self:
         """Wait until it asks for jobs."""
-
-        def asks() -> bool:
-            code = self.process.poll()
-            assert code is None, f"the worker ended with {code}:\n{self.log[-4000:]}"
-            worker = self.platform.workers.get(self.name)
-            return worker is not None and worker.ready
-
-        until(asks, START_TIMEOUT_S, f"worker {self.name} ready")
+        until_ready(self.platform, self.name, self.process, self._log)
         return self
 
     def processes(self) -> list[psutil.Process]:

@@ -208,10 +208,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run a suite in full and keep its results; return the exit code."""
     parser = argparse.ArgumentParser(prog="assurance.py", description="Run a suite of claims.")
     parser.add_argument("suite", choices=SUITES)
-    suite, more = parser.parse_known_args(argv)
-    claims = declared()
+    args, more = parser.parse_known_args(argv)
     files = {
-        file for claim in claims.values() if claim.suite == suite.suite for file in claim.files
+        file for claim in declared().values() if claim.suite == args.suite for file in claim.files
     }
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "claims.jsonl"

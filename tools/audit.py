@@ -145,6 +145,7 @@ def nothing_known(reason: str) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
+    """Audit what is installed here, and return the exit code."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--database", type=Path, metavar="DIR", help="a clone of the database")
     database = parser.parse_args(args).database

@@ -13,8 +13,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import config
 from tools.bench_round import OPTIONS, PROMPT, Round
+from worker_environment import environment, prepare_libraries
 
 
 async def rounds(engine: Any) -> None:
@@ -50,8 +50,9 @@ async def rounds(engine: Any) -> None:
 
 def main() -> None:
     model = sys.argv[1]
-    config.prepare_libraries(
-        config.environment(), Path(__file__).resolve().parent.parent / "vllm_logging.json"
+    prepare_libraries(
+        environment(),
+        Path(__file__).resolve().parent.parent / "vllm_logging.json",
     )
     from engine import Engine
 

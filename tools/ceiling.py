@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
 from crypto import new_request, seal_request
 from keys import KeyRing, generate_key
+from worker_environment import environment, prepare_libraries
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps for a while. "
 
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--post-s", type=float, default=0.01, help="how long a POST lasts")
     args = parser.parse_args()
     here = Path(__file__).resolve().parent
-    config.prepare_libraries(config.environment(), here.parent / "vllm_logging.json")
+    prepare_libraries(environment(), here.parent / "vllm_logging.json")
     logging.getLogger("worker").setLevel(logging.WARNING)
     from transformers import AutoTokenizer
 

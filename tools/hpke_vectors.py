@@ -20,6 +20,7 @@ from unittest.mock import patch
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from msgspec.structs import replace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -113,6 +114,11 @@ def request_of(label: str, **changes: Any) -> HpkeRequest:
     return request
 
 
+def without_reply_key(request: HpkeRequest) -> Request:
+    """Return the request as it would be without public-key mode."""
+    return Request(**{name: getattr(request, name) for name in Request.__struct_fields__})
+
+
 def enveloped(inside: str, label: str, info: bytes = REQUEST_INFO) -> str:
     """Return any inside in an envelope."""
     return "1.hpke." + b64(seal(WORKER, inside.encode(), info, label))
@@ -194,11 +200,8 @@ def _requests() -> Iterator[Case]:
     good = request_of("good")
     inside = bare_of(good, "good")
     sealed = enveloped(inside, "good")
-    bare = Request(**{name: getattr(good, name) for name in Request.__struct_fields__})
-    no_key = HpkeRequest(
-        **{name: getattr(bare, name) for name in Request.__struct_fields__},
-        reply_key=b64(REPLY.public.raw[:1184] + bytes(32)),
-    )
+    bare = without_reply_key(good)
+    no_key = replace(good, reply_key=b64(REPLY.public.raw[:1184] + bytes(32)))
     unknown = inside.replace(WORKER_KEY.id, OTHER_KEY.id)
     yield rejects("no envelope", "A worker with a private key takes none.", inside, "form")
     yield rejects("padding", "b64 has none.", sealed + "=", "encoding")
@@ -267,7 +270,7 @@ def _answers() -> Iterator[Case]:
     other = request_of("another answer")
     version, _, ciphertext = chunks[0].split(".")
     theirs = chunks_of("another answer", other)
-    bare = Request(**{name: getattr(request, name) for name in Request.__struct_fields__})
+    bare = without_reply_key(request)
     with ivs(fixed("bare 0", 16)):
         [without] = AnswerSealer(bare, WORKER_KEY, salt=bytes(16)).seal(b"first")
     for name, comment, chunk, reason in (

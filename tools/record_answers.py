@@ -17,12 +17,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import log_guard
-from config import environment
 from frames import Text
 from protocol import GENERATE
 from tests.attack.corpus import RECORDED, TOKENS, questions
 from tests.engines import DEMO, Engine, build, call, started, user
 from tools import demo_model
+from worker_environment import environment
 
 AT_ONCE = 24
 

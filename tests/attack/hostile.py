@@ -94,6 +94,11 @@ class Worker:
         return await asyncio.wait_for(asyncio.ensure_future(handle()), LIMIT_S)
 
 
+def altered(text: str, at: int) -> str:
+    """Return the text with another character in one place."""
+    return text[:at] + ("A" if text[at] != "A" else "B") + text[at + 1 :]
+
+
 def as_is(chunks: list[Any], *_others: list[Any]) -> list[Any]:
     """The platform as it should be."""
     return chunks
@@ -243,6 +248,13 @@ class World:
     def sealed(self, request: Request) -> dict[str, str]:
         """Return it as a job's input."""
         return {"sealed": seal_request(request, self.key, self.envelope)}
+
+    def text_of(self, form: str, prompt: str = "x") -> str:
+        """Return the text of a new request in a form: `sealed` or `encrypted_input`."""
+        request = self.request(prompt)
+        if form == "sealed":
+            return self.sealed(request)[form]
+        return self.key.simple_fernet.encrypt(bytes(request.body)).decode()
 
     async def ran(self, job_inputs: Sequence[Any], worker: Worker | None = None) -> int:
         """Return how many of these jobs reached the engine."""

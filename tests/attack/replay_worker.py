@@ -28,6 +28,7 @@ from frames import AnswerEvent, End, Event, Head, Text
 from keys import KeyRing
 from protocol import Call
 from tests.attack import corpus
+from worker_environment import environment
 
 WEAKNESSES = ("", "unpadded", "rhythm", "unpadded,rhythm")
 """`unpadded`: chunks are as long as what they hold. `rhythm`: the engine puts out one token at a
@@ -116,7 +117,7 @@ async def lifespan() -> AsyncIterator[None]:
 def main() -> None:
     """Serve until the platform is gone."""
     weakness = os.environ.get("AUDIT_WEAKNESS", "")
-    settings, _ = config.read(config.environment(), ())
+    settings, _ = config.read(environment(), ())
     speed = float(os.environ.get("AUDIT_SPEED", "1"))
     models: Any = Answers(rhythm="rhythm" in weakness, speed=speed)
     if "unpadded" in weakness:

@@ -12,7 +12,7 @@ import pytest
 from errors import AnswerError, Rejected
 from tests.attack import weakened
 from tests.attack.conftest import Shown, Tried
-from tests.attack.hostile import ANSWER, Worker, World, as_is
+from tests.attack.hostile import ANSWER, Worker, World, altered, as_is
 from tests.attack.weakened import Weakening
 from tests.claims import FULL, Trials
 
@@ -140,9 +140,7 @@ async def test_flipped(claim: Trials, shown: Shown) -> None:
         for at in places:
 
             def spoil(chunks: Chunks, at: int = at) -> Chunks:
-                text = chunks[1]
-                wrong = "A" if text[at] != "A" else "B"
-                return [chunks[0], text[:at] + wrong + text[at + 1 :], *chunks[2:]]
+                return [chunks[0], altered(chunks[1], at), *chunks[2:]]
 
             world.platform.to_client = spoil
             outcome = await world.ask(ANSWER, streamed=True)

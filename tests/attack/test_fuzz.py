@@ -37,6 +37,27 @@ class Found:
     def note(self, number: int, fault: str) -> None:
         self.faults.append(f"trial {number}: {fault}")
 
+    def __add__(self, other: "Found") -> "Found":
+        return Found(
+            self.tried + other.tried,
+            self.faults + other.faults,
+            max(self.longest_s, other.longest_s),
+        )
+
+
+def seed_of(claim: Trials, short: int) -> int:
+    """Return the seed of a run, under `make attack` another each time, and keep it."""
+    seed = int(time.time()) if claim.full else short
+    claim.detail(f"seed {seed}")
+    return seed
+
+
+def settle(claim: Trials, seed: int, found: Found) -> None:
+    """Count what a run has found; one that hung has failed."""
+    assert found.longest_s < HANG_S, f"seed {seed}: it hung for {found.longest_s:.1f} s"
+    print(f"seed {seed}: {found.faults[:5]}")
+    claim.trials(found.tried, len(found.faults))
+
 
 # --- requests -------------------------------------------------------------------------------
 
@@ -44,13 +65,12 @@ class Found:
 def bases(world: World) -> list[Any]:
     """Return job inputs that would be answered."""
     small, large = (world.sealed(world.request(CANARY * n)) for n in (1, 400))
-    simple = world.key.simple_fernet.encrypt(b'{"prompt":"%s"}' % CANARY.encode()).decode()
     return [
         small,
         small,
         large,
         {"openai_input": {**small, "stream": True}},
-        {"encrypted_input": simple},
+        {"encrypted_input": world.text_of("encrypted_input", CANARY)},
     ]
 
 
@@ -139,8 +159,7 @@ async def test_requests(
     claim: Trials, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    seed = int(time.time()) if claim.full else 5
-    claim.detail(f"seed {seed}")
+    seed = seed_of(claim, 5)
     for weakening in (weakened.unauthenticated, weakened.crashing, weakened.telling):
         with monkeypatch.context() as patch:
             weakening(patch)
@@ -148,15 +167,8 @@ async def test_requests(
             assert found.faults, f"{weakening.__name__} was not noticed"
     found = await fuzz_outside(World(), seed, claim.count(400, 10_500), caplog)
     monkeypatch.setattr(World, "public_key_mode", True)
-    more = await fuzz_outside(World(), seed, claim.count(100, 3_000), caplog)
-    found = Found(
-        found.tried + more.tried,
-        found.faults + more.faults,
-        max(found.longest_s, more.longest_s),
-    )
-    assert found.longest_s < HANG_S, f"seed {seed}: it hung for {found.longest_s:.1f} s"
-    print(f"seed {seed}: {found.faults[:5]}")
-    claim.trials(found.tried, len(found.faults))
+    found += await fuzz_outside(World(), seed, claim.count(100, 3_000), caplog)
+    settle(claim, seed, found)
 
 
 @pytest.mark.claim(
@@ -168,15 +180,13 @@ async def test_insides(
     claim: Trials, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    seed = int(time.time()) if claim.full else 6
-    claim.detail(f"seed {seed}")
+    seed = seed_of(claim, 6)
     with monkeypatch.context() as patch:
         weakened.crashing(patch)
         found = await fuzz_inside(World(), seed, 400, caplog)
         assert found.faults, "a worker that crashes was not noticed"
     found = await fuzz_inside(World(), seed, claim.count(400, 10_000), caplog)
-    print(f"seed {seed}: {found.faults[:5]}")
-    claim.trials(found.tried, len(found.faults))
+    settle(claim, seed, found)
 
 
 # --- chunks ---------------------------------------------------------------------------------
@@ -260,8 +270,7 @@ async def fuzz_payloads(world: World, seed: int, count: int) -> Found:
     "calls do not tell the platform what was wrong.",
 )
 async def test_chunks(claim: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
-    seed = int(time.time()) if claim.full else 7
-    claim.detail(f"seed {seed}")
+    seed = seed_of(claim, 7)
     weakenings: tuple[Weakening, ...] = (weakened.trusting, weakened.unauthenticated)
     for weakening in weakenings:
         with monkeypatch.context() as patch:
@@ -270,9 +279,7 @@ async def test_chunks(claim: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
             assert found.faults, f"{weakening.__name__} was not noticed"
     monkeypatch.setattr(World, "public_key_mode", claim.full and bool(seed % 2))
     found = await fuzz_chunks(World(), seed, claim.count(150, 12_600))
-    assert found.longest_s < HANG_S, f"seed {seed}: it hung for {found.longest_s:.1f} s"
-    print(f"seed {seed}: {found.faults[:5]}")
-    claim.trials(found.tried, len(found.faults))
+    settle(claim, seed, found)
 
 
 @pytest.mark.claim(
@@ -281,12 +288,10 @@ async def test_chunks(claim: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
     "that a program does not expect.",
 )
 async def test_payloads(claim: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
-    seed = int(time.time()) if claim.full else 8
-    claim.detail(f"seed {seed}")
+    seed = seed_of(claim, 8)
     with monkeypatch.context() as patch:
         weakened.naive(patch)
         found = await fuzz_payloads(World(), seed, 150)
         assert found.faults, "a client that believes everything was not noticed"
     found = await fuzz_payloads(World(), seed, claim.count(150, 1_000))
-    print(f"seed {seed}: {found.faults[:5]}")
-    claim.trials(found.tried, len(found.faults))
+    settle(claim, seed, found)

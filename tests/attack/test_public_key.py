@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests import test_hpke
+from tests import promises, test_hpke
 from tests.claims import Trials
 
 LEAKS = (
@@ -34,7 +34,7 @@ def attack(
                 test_hpke.test_a_weakened_copy_breaks_the_promise(weakened, patch)
     for _ in range(rounds):
         for name in names:
-            test_hpke.run_check(name, monkeypatch)
+            promises.run(test_hpke.CHECKS[name], monkeypatch)
             claim.trial(True)
 
 

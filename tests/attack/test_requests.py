@@ -20,7 +20,7 @@ from keys import Key
 from protocol import MAX_REQUEST_BYTES, Request, pad_request
 from tests.attack import weakened
 from tests.attack.conftest import Shown, Tried
-from tests.attack.hostile import ANSWER, REJECTION, Worker, World
+from tests.attack.hostile import ANSWER, REJECTION, Worker, World, altered
 from tests.attack.weakened import Weakening
 from tests.claims import Trials
 
@@ -55,17 +55,11 @@ async def code_of(world: World, request: Request, worker: Worker | None = None) 
 async def test_flipped(form: str, claim: Trials, shown: Shown) -> None:
     async def attack() -> Tried:
         world = World()
-        if form == "sealed":
-            text = seal_request(world.request(), world.key)
-        else:
-            text = world.key.simple_fernet.encrypt(b'{"prompt":"x"}').decode()
+        text = world.text_of(form)
         places = list(range(len(text)))
         if not claim.full:
             places = random.Random(1).sample(places, 60)
-        wrong = [
-            {form: text[:at] + ("A" if text[at] != "A" else "B") + text[at + 1 :]} for at in places
-        ]
-        return await not_rejected(world, wrong)
+        return await not_rejected(world, [{form: altered(text, at)} for at in places])
 
     await shown(attack, weakened.unauthenticated)
 
@@ -144,10 +138,8 @@ async def test_replay(shown: Shown) -> None:
     async def attack() -> Tried:
         world, again = World(), 0
         for n in range(20):
-            job_input: dict[str, str] = world.sealed(world.request())
-            if n % 2:
-                token = world.key.simple_fernet.encrypt(b'{"prompt":"x"}').decode()
-                job_input = {"encrypted_input": token}
+            form = ("sealed", "encrypted_input")[n % 2]
+            job_input = {form: world.text_of(form)}
             assert await world.ran([job_input]) == 1
             again += await world.ran([job_input] * 3)
         return 60, again
@@ -183,12 +175,8 @@ async def test_respelt(form: str, shown: Shown) -> None:
     async def attack() -> Tried:
         world, tried, succeeded = World(), 0, 0
         for _ in range(10):
-            if form == "sealed":
-                prefix = f"1.{world.key.id}."
-                text = world.sealed(world.request())["sealed"].removeprefix(prefix)
-            else:
-                prefix, text = "", world.key.simple_fernet.encrypt(b'{"prompt":"x"}').decode()
-            spellings = [{form: prefix + spelling} for spelling in respelt(text)]
+            version_and_key, dot, ciphertext = world.text_of(form).rpartition(".")
+            spellings = [{form: version_and_key + dot + text} for text in respelt(ciphertext)]
             counted = await not_rejected(world, spellings)
             tried, succeeded = tried + counted[0], succeeded + counted[1]
         return tried, succeeded
@@ -232,8 +220,8 @@ async def test_clocks(shown: Shown) -> None:
             request = world.request(now=lambda off_s=off_s: now + off_s)
             wrong += await code_of(world, request) is not None
         for off_s in (-90_000, 63):
-            token = world.key.simple_fernet.encrypt_at_time(b"x", int(now) + off_s).decode()
-            wrong += await world.worker.answer({"encrypted_input": token}) != REJECTION
+            text = world.key.simple_fernet.encrypt_at_time(b"x", int(now) + off_s).decode()
+            wrong += await world.worker.answer({"encrypted_input": text}) != REJECTION
         return 10, wrong
 
     await shown(attack, weakened.anyone_anytime)

@@ -39,6 +39,33 @@ def nothing(*_args: Any, **_options: Any) -> None:
     return None
 
 
+def opened_if_known(self: RequestOpener, sealed: Any) -> Opened | None:
+    """Open a request, but look for the key first, as one would write it at first."""
+    kid = str(sealed).split(".")[1:2]
+    if not kid or self._keys.get(kid[0]) is None:
+        return None
+    return REAL_OPEN(self, sealed)
+
+
+def opened_plainly(self: RequestOpener, sealed: Any) -> Opened:
+    """Open a request with no thought of what else it might be: fails in many ways."""
+    version, kid, ciphertext = sealed.split(".")
+    key = self._keys.get(kid)
+    if key is None or version != "1":
+        raise KeyError("no such key")
+    inside = key.request_fernet.decrypt(ciphertext)
+    return Opened(protocol.parse_request(protocol.unpad_request(inside)), key)
+
+
+def is_decodable(text: str) -> bool:
+    """Whether the base64 decoder takes it, however it is spelt."""
+    try:
+        base64.urlsafe_b64decode(text)
+    except ValueError:
+        return False
+    return True
+
+
 # --- the client -----------------------------------------------------------------------------
 
 
@@ -154,12 +181,7 @@ def telling(patch: pytest.MonkeyPatch) -> None:
 
     def read(self: RequestOpener, sealed: Any) -> Opened | None:
         try:
-            version, kid, ciphertext = sealed.split(".")
-            key = self._keys.get(kid)
-            if key is None or version != "1":
-                raise KeyError("no such key")
-            inside = key.request_fernet.decrypt(ciphertext)
-            return Opened(protocol.parse_request(protocol.unpad_request(inside)), key)
+            return opened_plainly(self, sealed)
         except (InvalidToken, KeyError, ValueError, TypeError, AttributeError) as error:
             said[:] = [repr(error)]
             return None
@@ -170,45 +192,25 @@ def telling(patch: pytest.MonkeyPatch) -> None:
 
 def early_exit(patch: pytest.MonkeyPatch) -> None:
     """A worker that looks for the key before it does any work."""
-
-    def read(self: RequestOpener, sealed: Any) -> Opened | None:
-        kid = str(sealed).split(".")[1:2]
-        if not kid or self._keys.get(kid[0]) is None:
-            return None
-        return REAL_OPEN(self, sealed)
-
-    patch.setattr(RequestOpener, "_open", read)
+    patch.setattr(RequestOpener, "_open", opened_if_known)
 
 
 def crashing(patch: pytest.MonkeyPatch) -> None:
-    """A worker that expects InvalidToken and nothing else."""
+    """A worker that expects an unknown key or InvalidToken, and nothing else."""
 
     def read(self: RequestOpener, sealed: Any) -> Opened | None:
-        version, kid, ciphertext = sealed.split(".")
-        key = self._keys.get(kid)
-        if key is None or version != "1":
-            return None
         try:
-            inside = key.request_fernet.decrypt(ciphertext)
-        except InvalidToken:
+            return opened_plainly(self, sealed)
+        except (InvalidToken, KeyError):
             return None
-        return Opened(protocol.parse_request(protocol.unpad_request(inside)), key)
 
     patch.setattr(RequestOpener, "_open", read)
 
 
 def any_base64(patch: pytest.MonkeyPatch) -> None:
     """Whatever the base64 decoder takes."""
-
-    def lenient(text: str) -> bool:
-        try:
-            base64.urlsafe_b64decode(text)
-        except ValueError:
-            return False
-        return True
-
     for module in (crypto, simple_form, fernets):
-        patch.setattr(module, "is_canonical", lenient)
+        patch.setattr(module, "is_canonical", is_decodable)
 
 
 def anyone_anytime(patch: pytest.MonkeyPatch) -> None:

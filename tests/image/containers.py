@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from local_runpod import LocalRunpod
-from tests.wait import until
+from tests.workers import start, until_ready
 from tools import buildah
 
 NAME = "sealed-vllm-image-test"
@@ -25,8 +25,6 @@ mount -o remount,bind,ro /
 exec setpriv --bounding-set=-sys_admin --inh-caps=-all -- "$@"
 """
 
-START_TIMEOUT_S = 300
-
 
 class Container:
     """The image's own command, as the platform's worker `pod-1`."""
@@ -40,24 +38,17 @@ class Container:
         self.volume = folder / "volume"
         self.volume.mkdir(parents=True)
         variables = {**platform.worker_env("pod-1"), **settings}
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                buildah.command(
-                    "run",
-                    "--isolation=chroot",
-                    "--cap-add=CAP_SYS_ADMIN",
-                    f"--volume={self.volume}:/runpod-volume",
-                    *(f"--env={name}={value}" for name, value in variables.items()),
-                    *(NAME, "--", "unshare", "--mount", "--pid", "--fork", "--kill-child"),
-                    *("sh", "-c", _ENTER.format(caches=" ".join(CACHES)), "sh"),
-                    *buildah.configuration(image)["config"]["Cmd"],
-                ),
-                env=buildah.environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        command = buildah.command(
+            "run",
+            "--isolation=chroot",
+            "--cap-add=CAP_SYS_ADMIN",
+            f"--volume={self.volume}:/runpod-volume",
+            *(f"--env={name}={value}" for name, value in variables.items()),
+            *(NAME, "--", "unshare", "--mount", "--pid", "--fork", "--kill-child"),
+            *("sh", "-c", _ENTER.format(caches=" ".join(CACHES)), "sh"),
+            *buildah.configuration(image)["config"]["Cmd"],
+        )
+        self.process = start(command, self._log, env=buildah.environment())
 
     @property
     def log(self) -> str:
@@ -78,17 +69,7 @@ class Container:
 
     def wait_until_ready(self) -> None:
         """Wait until it asks for jobs."""
-
-        def asks() -> bool:
-            code = self.process.poll()
-            assert code is None, f"the container ended with {code}"
-            worker = self._platform.workers.get("pod-1")
-            return worker is not None and worker.ready
-
-        try:
-            until(asks, START_TIMEOUT_S, "the worker ready")
-        except AssertionError as error:
-            raise AssertionError(f"{error}; its log ends with:\n{self.log[-6000:]}") from None
+        until_ready(self._platform, "pod-1", self.process, self._log)
 
     def processes(self) -> list[psutil.Process]:
         """Return the container's processes."""

@@ -1,4 +1,4 @@
-"""Which starts did not come up: tells one that failed once from one that fails again and again.
+"""Starts of the worker that did not come up: one that failed once is told from many in a row.
 
 Owns a small file for each worker of an endpoint on the volume, with how often in a row it has begun
 a start that brought nothing, and why the last one ended, where it could still say so. A good start
@@ -25,29 +25,29 @@ SILENT = "it was killed or ended without a word, such as for want of memory"
 
 
 @dataclass(frozen=True)
-class _Failing:
-    """What a file says."""
+class _Series:
+    """The failed starts of one worker in a row, as its file tells them."""
 
     failed: int
     since: str
     reason: str
 
 
-class StartAttempts:
+class FailedStarts:
     """The starts of this worker and of the others of its endpoint, as the volume tells them."""
 
     def __init__(self, folder: Path, endpoint: str, worker: str) -> None:
         self._folder = folder
         self._mark = f"{_plain(endpoint)}--"
         self._path = folder / f"{self._mark}{_plain(worker)}.json"
-        self._before = _read(self._path) or _Failing(0, _now(), "")
+        self._before = _read(self._path) or _Series(0, _now(), "")
         self._over = False
 
     def begin(self, log: logging.Logger) -> None:
         """Count this start as failed until it is known to be good; tell of those before it."""
         before = self._before
-        self._write(_Failing(before.failed + 1, before.since, ""))
-        others = sum(failing.failed for failing in self._others())
+        self._write(_Series(before.failed + 1, before.since, ""))
+        others = sum(series.failed for series in self._others())
         elsewhere = f"; {others} on other workers of this endpoint" if others else ""
         if before.failed:
             reason = before.reason or SILENT
@@ -61,20 +61,20 @@ class StartAttempts:
         elif others >= OFTEN:
             log.warning("%d starts in a row have failed on other workers of this endpoint", others)
 
-    def failed(self, reason: str, log: logging.Logger) -> None:
-        """Keep why this start ended, unless it was good, and say whether it is the first so."""
+    def keep_reason(self, reason: str, log: logging.Logger) -> None:
+        """Keep why this start failed, unless it was good; an error in the log from OFTEN on."""
         if self._over:
             return
-        failing = _Failing(self._before.failed + 1, self._before.since, reason)
-        self._write(failing)
-        if failing.failed >= OFTEN:
+        series = _Series(self._before.failed + 1, self._before.since, reason)
+        self._write(series)
+        if series.failed >= OFTEN:
             log.error(
                 "%s: it will not mend itself; the settings, the volume or this machine have to "
                 "change",
-                _times(failing, "with this one"),
+                _times(series, "with this one"),
             )
 
-    def good(self) -> None:
+    def clear(self) -> None:
         """Forget what has failed before: this start is good."""
         self._over = True
         with contextlib.suppress(OSError):
@@ -87,38 +87,38 @@ class StartAttempts:
         if self._before.failed:
             self._write(self._before)
         else:
-            self.good()
+            self.clear()
 
-    def _others(self) -> list[_Failing]:
+    def _others(self) -> list[_Series]:
         found = []
         now = time.time()
         for path in self._folder.glob(f"{self._mark}*.json"):
             with contextlib.suppress(OSError):
                 if now - path.stat().st_mtime > FORGOTTEN_S:
                     path.unlink()
-                elif path != self._path and (failing := _read(path)):
-                    found.append(failing)
+                elif path != self._path and (series := _read(path)):
+                    found.append(series)
         return found
 
-    def _write(self, failing: _Failing) -> None:
+    def _write(self, series: _Series) -> None:
         temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
         with contextlib.suppress(OSError):  # a volume that cannot be written has other faults
             self._folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(vars(failing)) + "\n")
+            temporary.write_text(json.dumps(vars(series)) + "\n")
             temporary.replace(self._path)
 
 
-def _times(failing: _Failing, which: str) -> str:
-    if failing.failed == 1:
+def _times(series: _Series, which: str) -> str:
+    if series.failed == 1:
         return f"the start {which} failed, once"
-    count = f"{failing.failed} starts in a row have failed on this worker {which}"
-    return f"{count}, since {failing.since}"
+    count = f"{series.failed} starts in a row have failed on this worker {which}"
+    return f"{count}, since {series.since}"
 
 
-def _read(path: Path) -> _Failing | None:
+def _read(path: Path) -> _Series | None:
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         found: dict[str, Any] = json.loads(path.read_text())
-        return _Failing(int(found["failed"]), str(found["since"]), str(found["reason"]))
+        return _Series(int(found["failed"]), str(found["since"]), str(found["reason"]))
     return None
 
 

@@ -1,7 +1,8 @@
-"""One run of a request on this worker, from its beginning to its end (SPEC section 4, check 5).
+"""One attempt to answer a request, and what is remembered of it here and by the other workers.
 
-Owns the order in which it is asked here (ReplayGuard) and, where there is a shared store, of the
-other workers, and that both hear of its end. Knows nothing of jobs, of answers or of Redis.
+Owns the order in which this worker's memory (replay_guard.py) and, where there is one, that of all
+workers (replay_store.py) are asked whether it may run, and that both hear of its end (SPEC section
+4, check 5). Knows nothing of jobs, of answers or of Redis.
 """
 
 from typing import Protocol
@@ -23,7 +24,7 @@ class Store(Protocol):
     def abandon(self, name: str) -> None: ...
 
 
-class Attempt:
+class RequestAttempt:
     """A request's place in the memory of this worker and of the others: one attempt at a time."""
 
     def __init__(
@@ -38,7 +39,7 @@ class Attempt:
         self._expires_at = expires_at
         self._over = False
 
-    async def everywhere(self) -> None:
+    async def begin_everywhere(self) -> None:
         """Begin on all workers; RequestError if another one ran it or cannot be asked."""
         if self._store is None:
             return

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from start_attempts import FORGOTTEN_S, SILENT, StartAttempts
+from failed_starts import FORGOTTEN_S, SILENT, FailedStarts
 
 log = logging.getLogger("worker")
 
 
-def begin(folder: Path, worker: str = "pod-1", endpoint: str = "endpoint") -> StartAttempts:
-    attempts = StartAttempts(folder, endpoint, worker)
-    attempts.begin(log)
-    return attempts
+def begin(folder: Path, worker: str = "pod-1", endpoint: str = "endpoint") -> FailedStarts:
+    failed_starts = FailedStarts(folder, endpoint, worker)
+    failed_starts.begin(log)
+    return failed_starts
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
@@ -27,7 +27,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
 def test_once_is_told_from_again_and_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    begin(tmp_path).failed("ModelGated: no access", log)
+    begin(tmp_path).keep_reason("ModelGated: no access", log)
     assert messages(caplog) == []
     begin(tmp_path)  # killed
     ((level, text),) = messages(caplog)
@@ -39,7 +39,7 @@ def test_once_is_told_from_again_and_again(
     assert level == "WARNING"
     assert "2 starts in a row have failed on this worker before this one, since 20" in text
     assert SILENT in text
-    third.failed("ConfigError: wrong", log)
+    third.keep_reason("ConfigError: wrong", log)
     ((level, text),) = messages(caplog)
     assert level == "ERROR"
     assert "3 starts in a row have failed on this worker with this one" in text
@@ -54,10 +54,10 @@ def test_a_good_start_clears_the_count(tmp_path: Path, caplog: pytest.LogCapture
     for _ in range(5):
         begin(tmp_path)
     good = begin(tmp_path)
-    good.good()
+    good.clear()
     assert not list(tmp_path.iterdir())
     caplog.clear()
-    good.failed("EngineDead: later, which is no matter of the start", log)
+    good.keep_reason("EngineDead: later, which is no matter of the start", log)
     good.withdraw()
     begin(tmp_path)
     assert messages(caplog) == []
@@ -68,7 +68,7 @@ def test_one_that_was_told_to_end_does_not_count(
 ) -> None:
     begin(tmp_path).withdraw()
     assert not list(tmp_path.iterdir())
-    begin(tmp_path).failed("first", log)
+    begin(tmp_path).keep_reason("first", log)
     begin(tmp_path).withdraw()
     caplog.clear()
     begin(tmp_path)
@@ -121,7 +121,7 @@ def test_what_is_no_record_is_passed_over(
 
 def test_a_volume_that_cannot_be_written_stops_no_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    attempts = begin(tmp_path / "file" / "folder")
-    attempts.failed("reason", log)
-    attempts.withdraw()
-    attempts.good()
+    failed_starts = begin(tmp_path / "file" / "folder")
+    failed_starts.keep_reason("reason", log)
+    failed_starts.withdraw()
+    failed_starts.clear()
