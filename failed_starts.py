@@ -47,7 +47,8 @@ class FailedStarts:
         """Count this start as failed until it is known to be good; tell of those before it."""
         before = self._before
         self._write(_Series(before.failed + 1, before.since, ""))
-        others = sum(series.failed for series in self._others())
+        # Of another's start without a reason nobody knows whether it has ended.
+        others = sum(series.failed - (not series.reason) for series in self._others())
         elsewhere = f"; {others} on other workers of this endpoint" if others else ""
         if before.failed:
             reason = before.reason or SILENT
@@ -59,7 +60,7 @@ class FailedStarts:
                 reason,
             )
         elif others >= OFTEN:
-            log.warning("%d starts in a row have failed on other workers of this endpoint", others)
+            log.warning("%d starts have failed on other workers of this endpoint", others)
 
     def keep_reason(self, reason: str, log: logging.Logger) -> None:
         """Keep why this start failed, unless it was good; an error in the log from OFTEN on."""

@@ -56,10 +56,14 @@ class TemporaryFolder:
         fits = chosen and len(os.fsencode(chosen)) <= _MAX_PARENT_CHARS
         parent = Path(chosen) if chosen and fits else _parent()
         _sweep(parent)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        # Children inherit the lock: while one of them lives, so does the folder.
-        self._lock = (self.path / _LOCK).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+            # Children inherit the lock: while one of them lives, so does the folder.
+            self._lock = (self.path / _LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if self.path.exists():  # until it was locked, it looked like one of the dead
+                return
+            self._lock.close()
 
     def remove(self) -> None:
         """Remove it with all that is in it."""

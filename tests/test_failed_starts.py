@@ -80,18 +80,26 @@ def test_one_that_was_told_to_end_does_not_count(
 def test_workers_and_endpoints_are_kept_apart(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for _ in range(3):
+    for _ in range(4):  # of which the last may still be on its way
         begin(tmp_path, "pod/1")
     caplog.clear()
     begin(tmp_path, "pod-2", "other")
     assert messages(caplog) == []
     begin(tmp_path, "pod-2")
     assert messages(caplog) == [
-        ("WARNING", "3 starts in a row have failed on other workers of this endpoint")
+        ("WARNING", "3 starts have failed on other workers of this endpoint")
     ]
     begin(tmp_path, "pod-2")
     ((_, text),) = messages(caplog)
     assert "; 3 on other workers of this endpoint; the last one: " in text
+
+
+def test_workers_that_start_at_once_have_not_failed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(6):
+        begin(tmp_path, f"pod-{number}")
+    assert messages(caplog) == []
 
 
 def test_workers_that_are_gone_for_long_are_forgotten(

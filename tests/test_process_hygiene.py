@@ -1,5 +1,6 @@
 """What a process leaves for others to look at: shown on real processes, beside unsealed ones."""
 
+import fcntl
 import os
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -119,6 +121,22 @@ class TestTheTemporaryFolder:
         monkeypatch.setattr("process_hygiene.ROOM_BYTES", 2**62)
         folder = TemporaryFolder()
         assert folder.path.parent != tmp_path
+        folder.remove()
+
+    def test_it_is_made_again_where_another_worker_took_it_for_one_of_the_dead(
+        self, short_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lock = fcntl.flock
+
+        def lock_too_late(file: TextIO, how: int) -> None:
+            patch.undo()
+            TemporaryFolder(str(short_path)).remove()
+            lock(file, how)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", lock_too_late)
+            folder = TemporaryFolder(str(short_path))
+        assert list(short_path.iterdir()) == [folder.path]
         folder.remove()
 
     def test_what_a_killed_process_leaves_goes_when_its_children_have_gone(
