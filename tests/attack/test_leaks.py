@@ -162,7 +162,9 @@ class TestWorker:
         assert (word("plain answer"), "log") in {(hit.word, hit.source) for hit in hits}
 
     @pytest.mark.claim(
-        "leaks.keys", "No key and no token is found where prompts are not found either."
+        "leaks.keys",
+        "No key and no token of a worker is found on the wire, in a log, a file, a command line or "
+        "an environment.",
     )
     def test_the_keys_are_in_no_trace(self, audited: Audited) -> None:
         """Not even where /proc shows the environment a process was started with."""
@@ -180,7 +182,8 @@ class TestWorker:
         assert audited.traces.core_limits == {"0 0"}
 
     @pytest.mark.claim(
-        "leaks.ends", "Nor is it after the engine or the worker has died in the middle of it."
+        "leaks.ends",
+        "Nothing that was sealed is found either after the engine or the worker has died over it.",
     )
     def test_nothing_is_found_after_the_engine_has_crashed(
         self, audited: Audited, claim: Trials
