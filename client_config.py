@@ -217,6 +217,10 @@ class Reader:
         for other in self._environ:
             if other.startswith("HPKE") and other not in (name, "HPKE_PRIVATE_KEY"):
                 self.faults.append(f"{other} is no setting; is {name} meant?")
+        if self.text("HPKE_PRIVATE_KEY") and name not in self._environ:
+            self.faults.append(
+                f"HPKE_PRIVATE_KEY belongs on the endpoint only; set {name} here, and remove it"
+            )
         return self.text(name)
 
     def endpoint_id(self) -> str:

@@ -531,6 +531,7 @@ NO_MLKEM = "hpke-public." + b64(b"\xff" * 1184 + WORKER.public.raw[1184:])
 def test_faults_of_a_public_key_are_told(text: str, says: str) -> None:
     fault = faults_of(HpkePublicKey.parse, text)
     assert fault.startswith("- HPKE_PUBLIC_KEY ") and says in fault
+    assert fault.endswith("copy it again from whoever runs the endpoint")
 
 
 def test_faults_of_private_keys_are_told_together_and_never_quote() -> None:
@@ -545,6 +546,7 @@ def test_faults_of_private_keys_are_told_together_and_never_quote() -> None:
         strict=True,
     ):
         assert says in fault
+    assert faults[-1].endswith("remove the comma too many")
     assert faults_of(HpkeKeyRing.parse, "x").startswith("- HPKE_PRIVATE_KEY does not")
 
 
@@ -574,6 +576,12 @@ def test_a_slip_does_not_switch_it_off() -> None:
     assert any("HPKE_PRIVATE_KEY is empty" in fault for fault in faults)
     _, faults = config.read({"HPKE_PRIVAT_KEY": "x"}, ())
     assert "HPKE_PRIVAT_KEY is not a setting: did you mean HPKE_PRIVATE_KEY?" in faults
+    told = faults_of(lambda: client_settings(HPKE_PRIVATE_KEY=WORKER.text))
+    assert told == (
+        "- HPKE_PRIVATE_KEY belongs on the endpoint only; set HPKE_PUBLIC_KEY here, and remove it"
+    )
+    both = {"HPKE_PRIVATE_KEY": WORKER.text, "HPKE_PUBLIC_KEY": WORKER.public.text}
+    assert client_settings(**both).hpke_public_key == WORKER.public.text
     given = {"HPKE_PUBLIC_KEY": "", "RUNPOD_ENDPOINT_ID": "e", "RUNPOD_API_KEY": "k"}
     assert "HPKE_PUBLIC_KEY is empty" in faults_of(GatewaySettings.from_environ, given)
 
@@ -606,7 +614,11 @@ def test_without_hpke_nothing_starts(
         ):
             assert "needs X25519 with ML-KEM-768" in faults_of(action, text)
         settings = client_settings(HPKE_PUBLIC_KEY=WORKER.public.text)
-        assert "Without it nothing is sent" in faults_of(Client, settings)
+        told = faults_of(Client, settings)
+        pyproject = Path(protocol.__file__).with_name("pyproject.toml")
+        assert "Without it nothing is sent" in told
+        [least] = re.findall(r'"cryptography>=(\d+)"', pyproject.read_text())
+        assert f"install version {least} or later" in told
         # Whoever does without the mode is not asked for it.
         Client(client_settings()).close()
         sealed = seal_request(request_of(None), KEY)
