@@ -39,7 +39,7 @@ from hpke import Envelope, HpkeKeyRing, HpkePrivateKey, HpkePublicKey
 from keys import Key, KeyRing, generate_key
 from protocol import HpkeRequest, Request, pad_request
 from tests import promises
-from tests.cli import run, run_apart
+from tests.cli import Done, run, run_apart
 from tests.echo import Echo
 from tests.gateways import RunningGateway
 
@@ -692,6 +692,25 @@ def test_keygen_prints_a_pair() -> None:
     assert b64(key.seed) not in done.err
 
 
+def test_keygen_tells_the_public_key_of_a_private_one(tmp_path: Path) -> None:
+    file = tmp_path / "private"
+    for text in (WORKER.text, f"HPKE_PRIVATE_KEY={WORKER.text}\nHPKE_PUBLIC_KEY=x\n"):
+        file.write_text(text)
+        file.chmod(0o600)
+        for done in (
+            run({}, "keygen", "--hpke", "--public-of", str(file)),
+            run({}, "keygen", "--public-of", "-", stdin=text),
+        ):
+            told = f"public key id {WORKER.public.id}\n"
+            assert done == Done(0, f"HPKE_PUBLIC_KEY={WORKER.public.text}\n", told)
+    file.chmod(0o644)
+    refused = run({}, "keygen", "--public-of", str(file))
+    assert (refused.code, refused.out) == (ConfigError.exit_code, "")
+    assert f"run: chmod 600 {file}" in refused.err
+    wrong = run({}, "keygen", "--public-of", "-", stdin=WORKER.public.text)
+    assert wrong.code == ConfigError.exit_code and "holds its public key" in wrong.err
+
+
 @pytest.mark.parametrize("transport", ["run", "openai"])
 def test_answers_come_by_every_way(echo: Echo, transport: str) -> None:
     settings = replace(echo.settings, transport=transport)
@@ -737,6 +756,22 @@ def test_a_client_without_the_public_key_is_told_what_to_look_at(echo: Echo) -> 
         with Client(settings) as client, pytest.raises(Rejected) as caught:
             client.chat(PROMPT)
         assert "HPKE_PUBLIC_KEY here belongs to its HPKE_PRIVATE_KEY" in str(caught.value)
+        told = f"its id here is {STRANGER.public.id};" if public_key else "here none is set;"
+        assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("public_key", ["", STRANGER.public.text], ids=["none", "another"])
+def test_a_submitted_job_that_was_rejected_tells_the_public_key_too(
+    echo: Echo, public_key: str
+) -> None:
+    environ = {name: value for name, value in echo.environ.items() if name != "HPKE_PUBLIC_KEY"}
+    job_id = run(
+        {**environ, **({"HPKE_PUBLIC_KEY": public_key} if public_key else {})}, "submit", PROMPT
+    ).out.strip()
+    done = run(environ, "result", job_id)
+    assert done.code == Rejected.exit_code
+    assert (f"its id here is {STRANGER.public.id};" in done.err) == bool(public_key)
+    assert ("here none is set;" in done.err) != bool(public_key)
 
 
 def test_a_worker_without_the_pair_rejects_what_is_in_an_envelope(tmp_path: Path) -> None:
