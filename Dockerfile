@@ -74,8 +74,9 @@ ARG RUN_AS=root
 USER ${RUN_AS}
 
 # The root file system may be read-only. What is written: HF_HOME (the volume), ~/.cache, /dev/shm,
-# and /tmp where /dev/shm is small:
-#   docker run --read-only --tmpfs /tmp -v models:/runpod-volume -v cache:/root/.cache ...
+# and /tmp where /dev/shm is small. What is compiled there is run, hence `exec`:
+#   docker run --gpus all --read-only --tmpfs /tmp:exec --tmpfs /root/.cache:exec \
+#       -v VOLUME:/runpod-volume -e MODELS -e ENCRYPTION_KEY IMAGE
 # vLLM's image starts its server by an entry point.
 ENTRYPOINT []
 CMD ["python3", "-u", "rp_handler.py"]

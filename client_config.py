@@ -96,6 +96,12 @@ class ClientSettings:
     hpke_public_key: str = ""
     """The worker's public key, as hpke.HpkePublicKey reads it; empty: without public-key mode."""
 
+    @property
+    def shows_api_key(self) -> bool:
+        """Whether the API key crosses a network, if only a private one, without TLS."""
+        url = urlsplit(self.api_base)
+        return url.scheme == "http" and not _is_this_machine(url.hostname or "")
+
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], *, with_key: bool = True) -> Self:
         """Read the settings; ConfigError naming every fault at once, no value of a key in it.
@@ -217,6 +223,10 @@ class Reader:
         for other in self._environ:
             if other.startswith("HPKE") and other not in (name, "HPKE_PRIVATE_KEY"):
                 self.faults.append(f"{other} is no setting; is {name} meant?")
+        if self.text("HPKE_PRIVATE_KEY") and name not in self._environ:
+            self.faults.append(
+                f"HPKE_PRIVATE_KEY belongs on the endpoint only; set {name} here, and remove it"
+            )
         return self.text(name)
 
     def endpoint_id(self) -> str:
@@ -286,6 +296,13 @@ class Reader:
         if value is not None and value < 1:
             self.faults.append(f"{name} is less than one second")
         return None if value is None else int(value)
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def is_local(host: str) -> bool:

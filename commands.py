@@ -25,6 +25,7 @@ from commands_parser import (
     command_names,
     overrides,
     read_body,
+    read_private_key,
     read_prompt,
     read_settings,
 )
@@ -66,8 +67,17 @@ def _keygen_hpke() -> int:
     return 0
 
 
+def _keygen_public(path: str) -> int:
+    for key in hpke.HpkeKeyRing.parse(read_private_key(path)):
+        print(f"HPKE_PUBLIC_KEY={key.public.text}")
+        print(f"public key id {key.public.id}", file=sys.stderr)
+    return 0
+
+
 def _run(args: argparse.Namespace, parser: argparse.ArgumentParser, screen: Screen) -> int:
     match args.command:
+        case "keygen" if args.public_of:
+            return _keygen_public(args.public_of)
         case "keygen":
             return _keygen_hpke() if args.hpke else _keygen()
         case "chat":

@@ -14,7 +14,7 @@ import client_config
 import errors
 from client_config import ClientSettings
 from commands_screen import printable
-from errors import SealedError
+from errors import ConfigError, SealedError
 
 USAGE_CODE = 2
 BROKEN_PIPE_CODE = 141
@@ -173,6 +173,12 @@ def build_parser() -> argparse.ArgumentParser:
     keygen.add_argument(
         "--hpke", action="store_true", help="make a worker's key pair for public-key mode"
     )
+    keygen.add_argument(
+        "--public-of",
+        metavar="FILE",
+        help="make none: print the public key that belongs to the HPKE_PRIVATE_KEY in FILE "
+        "(mode 0600), or - for stdin",
+    )
     check = add("doctor", "check keys, platform, worker and clock", connection)
     check.add_argument("--no-worker", action="store_true", help="do not start a worker (or pay)")
     add("health", "show the platform's counts of jobs and workers", _connection())
@@ -253,6 +259,23 @@ def read_body(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
     if not isinstance(body, dict):
         parser.error("--body is not a JSON object")
     return body
+
+
+def read_private_key(path: str) -> str:
+    """Return HPKE_PRIVATE_KEY from a file, by itself or as `keygen --hpke` prints it.
+
+    ConfigError for a file that is none or that others can read.
+    """
+    if path == "-":
+        text = sys.stdin.read()
+    else:
+        try:
+            text = client_config.read_key_file(path)
+        except ValueError as error:
+            raise ConfigError([f"--public-of: the file {error}"]) from None
+    name = "HPKE_PRIVATE_KEY="
+    named = [line.removeprefix(name) for line in text.splitlines() if line.startswith(name)]
+    return named[0] if named else text
 
 
 def read_method(args: argparse.Namespace) -> Literal["GET", "POST"]:

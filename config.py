@@ -185,7 +185,8 @@ SETTINGS = (
         "allow_without_hpke",
         _flag,
         "false",
-        "with `HPKE_PRIVATE_KEY`, also serve sealed requests without public-key mode",
+        "with `HPKE_PRIVATE_KEY`, also serve requests without public-key mode, sealed ones and "
+        "Fernet alone; plaintext has its own setting, `ALLOW_PLAINTEXT`",
     ),
     Setting("HF_TOKEN", "hf_token", _text, "none", "for gated or private models"),
     Setting(

@@ -21,7 +21,7 @@ from protocol import CLOCK_SKEW_S, VERSION
 CLOCK_WARNING_S = CLOCK_SKEW_S / 2
 """A clock this wrong still works, but not by much."""
 
-Verdict = Literal["ok", "FAIL", "skip"]
+Verdict = Literal["ok", "note", "WARN", "FAIL", "skip"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,12 @@ class _Patient:
 
     def ok(self, check: str, told: str) -> None:
         self._show(Finding(check, "ok", told))
+
+    def note(self, check: str, told: str) -> None:
+        self._show(Finding(check, "note", told))
+
+    def warn(self, check: str, told: str, advice: str) -> None:
+        self._show(Finding(check, "WARN", told, advice))
 
     def skip(self, check: str, told: str) -> None:
         self._show(Finding(check, "skip", told))
@@ -68,6 +74,8 @@ async def examine(
     if settings is None:
         return patient.exit_code
     key_id = _key_id(patient, settings)
+    if not _public_key(patient, settings):
+        key_id = ""
     if not key_id:
         settings = replace(settings, encryption_key="", hpke_public_key="")
     async with AsyncClient(settings) as client:
@@ -110,13 +118,18 @@ def _key_id(patient: _Patient, settings: ClientSettings) -> str:
             patient.fail("encryption key", fault)
         patient.exit_code = error.exit_code
         return ""
-    named = f", named {key.name}" if key.name else ""
-    patient.ok("encryption key", f"well-formed, key id {key.id}{named}")
-    return key.id if _public_key(patient, settings) else ""
+    told = ["well-formed", f"key id {key.id}", *([f"named {key.name}"] if key.name else ())]
+    patient.ok("encryption key", ", ".join([*told, *key.terms.words(time.time())]))
+    return key.id
 
 
 def _public_key(patient: _Patient, settings: ClientSettings) -> bool:
     if not settings.hpke_public_key:
+        patient.note(
+            "public-key mode",
+            "off; whoever gets the encryption key can read what was recorded "
+            "(README, Public-key mode)",
+        )
         return True
     try:
         worker_key = HpkePublicKey.parse(settings.hpke_public_key)
@@ -130,6 +143,12 @@ def _public_key(patient: _Patient, settings: ClientSettings) -> bool:
 
 
 async def _platform(patient: _Patient, client: AsyncClient, settings: ClientSettings) -> bool:
+    if settings.shows_api_key:
+        patient.warn(
+            "platform",
+            "RUNPOD_API_BASE begins with http://: whoever is on the way reads the API key",
+            "use https://, unless nobody else is in that network",
+        )
     started_s = time.monotonic()
     try:
         reply = await client.endpoint.probe()

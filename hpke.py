@@ -31,7 +31,8 @@ SHARE_BYTES = REPLY_SECRET_BYTES + OVERHEAD_BYTES
 
 _PRIVATE, _PUBLIC = "hpke-private.", "hpke-public."
 _MLKEM_SEED_BYTES, _MLKEM_PUBLIC_BYTES, _X25519_BYTES = 64, 1184, 32
-_HINT = "make a pair with `python client.py keygen --hpke`"
+_COPY_PRIVATE = "copy it again, or make a pair with `python client.py keygen --hpke`"
+_COPY_PUBLIC = "copy it again from whoever runs the endpoint"
 
 
 @functools.cache
@@ -53,8 +54,9 @@ def check_available() -> None:
         raise ConfigError(
             [
                 "public-key mode needs X25519 with ML-KEM-768, which this installation of the "
-                "package cryptography does not have; install version 50 or later from its own "
-                "wheels. Without it nothing is sent and nothing is served"
+                "package cryptography does not have; install version 48 or later from its own "
+                "wheels (pip install --upgrade cryptography). Without it nothing is sent and "
+                "nothing is served"
             ]
         )
 
@@ -99,7 +101,7 @@ class HpkePublicKey:
         try:
             return cls(_decode(text, _PUBLIC, PUBLIC_BYTES))
         except ValueError as error:
-            fault = f"HPKE_PUBLIC_KEY {error}"
+            fault = f"HPKE_PUBLIC_KEY {error}; {_COPY_PUBLIC}"
         # Not inside of `except`, as in Key.parse: a private key may have been given by mistake.
         raise ConfigError([fault])
 
@@ -193,10 +195,13 @@ class HpkeKeyRing(Sequence[HpkePrivateKey]):
         entries = text.split(",")
         for number, entry in enumerate(entries, 1):
             which = "HPKE_PRIVATE_KEY" + (f", key {number}," if len(entries) > 1 else "")
+            if not entry.strip() and len(entries) > 1:
+                faults.append(f"{which} is empty; remove the comma too many")
+                continue
             try:
                 key = HpkePrivateKey(_decode(entry, _PRIVATE, SEED_BYTES))
             except ValueError as error:
-                faults.append(f"{which} {error}")
+                faults.append(f"{which} {error}; {_COPY_PRIVATE}")
                 continue
             if numbers.setdefault(key.public.id, number) != number:
                 faults.append(f"{which} is the same as key {numbers[key.public.id]}")
@@ -249,17 +254,17 @@ def _decode(text: str, prefix: str, size: int) -> bytes:
     text = text.strip()
     other = _PUBLIC if prefix == _PRIVATE else _PRIVATE
     if not text:
-        raise ValueError(f"is empty; {_HINT}")
+        raise ValueError("is empty")
     if text.startswith(other):
         kinds = ("private", "public") if prefix == _PRIVATE else ("public", "private")
         raise ValueError(f"is to hold the {kinds[0]} key of a pair, and holds its {kinds[1]} key")
     if not text.startswith(prefix):
-        raise ValueError(f"does not begin with {prefix} as such a key does; {_HINT}")
+        raise ValueError(f"does not begin with {prefix} as such a key does")
     try:
         return unb64(text.removeprefix(prefix), size)
     except ValueError:
         chars = -(-size * 4 // 3)
         raise ValueError(
             f"is not {prefix} and {chars} characters of URL-safe base64 "
-            f"(it has {len(text) - len(prefix)}, or was altered); {_HINT}"
+            f"(it has {len(text) - len(prefix)}, or was altered)"
         ) from None

@@ -78,6 +78,7 @@ class Job(ABC):
         self.request = request
         self.request_id = request.request_id
         self.key_id = key.id
+        self.public_key_id = envelope.worker_key.id if envelope else None
         self.envelope = envelope
         self._endpoint = endpoint
         self._limits = limits
@@ -218,7 +219,9 @@ class Job(ABC):
         await self._reporter.report(self._status, self.id, submitted_s, self.note)
 
 
-def verdict(status: str, view: dict[str, Any], endpoint_id: str, key_id: str) -> SealedError:
+def verdict(
+    status: str, view: dict[str, Any], endpoint_id: str, key_id: str, public_key_id: str | None
+) -> SealedError:
     """Return what the platform says of a job that is over and was not completed."""
     said = view.get("error")
     text = said if isinstance(said, str) else "" if said is None else str(said)
@@ -231,13 +234,17 @@ def verdict(status: str, view: dict[str, Any], endpoint_id: str, key_id: str) ->
                 "ask for less, or raise the endpoint's execution timeout"
             )
         case _ if Rejected.TEXT in text:
+            pair = (
+                "here none is set; where the worker's log has a line `public key …`, it is needed"
+            )
+            if public_key_id:
+                pair = f"its id here is {public_key_id}; the worker's log says `public key …`"
             return Rejected(
                 "\nThe worker has another encryption key than this client, or another version of "
                 "the protocol, or somebody says so. Check that the worker of endpoint "
                 f"{endpoint_id} has the key with the id {key_id} in its ENCRYPTION_KEY, that "
                 "RUNPOD_ENDPOINT_ID is the right endpoint, that HPKE_PUBLIC_KEY here belongs to "
-                "its HPKE_PRIVATE_KEY (or neither is set), and that both sides are of the same "
-                "release."
+                f"its HPKE_PRIVATE_KEY ({pair}), and that both sides are of the same release."
             )
         case _:
             return JobFailed(f"the job failed on the platform: {text[:500] or 'no reason given'}")

@@ -109,7 +109,7 @@ class PolledJob(Job):
                 raise self._delivery.fault() from error
             view = {}
         if self._status != "COMPLETED":
-            raise verdict(self._status, view, self._endpoint.id, self.key_id)
+            raise verdict(self._status, view, self._endpoint.id, self.key_id, self.public_key_id)
         output = view.get("output")
         chunks = output if isinstance(output, list) else [] if output is None else [output]
         events = self._delivery.take(chunks)

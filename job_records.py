@@ -46,6 +46,8 @@ class SubmittedJob:
     key_id: _KeyId
     request_id: _Hex
     response_secret: _Secret = field(repr=False)
+    public_key_id: _KeyId | None = None
+    """Which of the worker's public keys the request was sealed to, in public-key mode."""
     reply_seed: _Secret | None = field(default=None, repr=False)
     """What the answer's one-time key is made of, in public-key mode."""
     route: str
@@ -75,8 +77,9 @@ class JobRecords:
         """Write the record of a job that is about to be submitted; on disk when this returns."""
         content = asdict(job)
         del content["id"]
-        if job.reply_seed is None:
-            del content["reply_seed"]
+        for name in ("public_key_id", "reply_seed"):
+            if content[name] is None:
+                del content[name]
         try:
             self._make_folder()
             self.forget()

@@ -94,7 +94,8 @@ class RouteJob(Job):
         return events
 
     def _failure(self, words: str) -> SealedError:
-        return verdict("FAILED", {"error": words}, self._endpoint.id, self.key_id)
+        view = {"error": words}
+        return verdict("FAILED", view, self._endpoint.id, self.key_id, self.public_key_id)
 
     def _cut(self, how: str) -> SealedError:
         fault = self._delivery.fault()

@@ -120,9 +120,10 @@ class Key(KeyId):
 def _key_bytes(text: str) -> bytes:
     """Decode a Fernet key; ValueError finishing the sentence "the key …"."""
     text = text.strip()
-    hint = "make one with `python client.py keygen`"
+    make = "make one with `python client.py keygen`"
     if not text:
-        raise ValueError(f"is empty; {hint}")
+        raise ValueError(f"is empty; {make}")
+    hint = f"copy it again, with its = at the end, or {make}"
     if not text.isascii() or text.strip("=").strip(_ALPHABET):
         raise ValueError(f"has characters other than A-Z a-z 0-9 - _ (and = at its end); {hint}")
     if len(text) != 44 or not text.endswith("=") or text.endswith("=="):
@@ -171,6 +172,9 @@ class KeyRing(Sequence[Key]):
                 )
             terms, of_terms = parse_terms(options)
             faults += [f"{which} {fault}" for fault in of_terms]
+            if not entry.strip() and len(entries) > 1:
+                faults.append(f"{which} is empty; remove the comma too many")
+                continue
             try:
                 key = Key(_key_bytes(rest if named else given), name if named else None, terms)
             except ValueError as error:
@@ -197,8 +201,12 @@ class KeyRing(Sequence[Key]):
         for key in self._keys:
             if key.terms.good_at(now):
                 return key
+        told = "; ".join(key.about(now) for key in self._keys)
         raise ConfigError(
-            ["no encryption key is good now: " + "; ".join(key.about(now) for key in self._keys)]
+            [
+                f"no encryption key is good now: {told}; ask whoever runs the endpoint for a new "
+                "key, or correct this machine's clock"
+            ]
         )
 
     def __len__(self) -> int:

@@ -94,7 +94,7 @@ async def _events(endpoint: Endpoint, job: SubmittedJob, view: dict[str, Any]) -
         return events
     if status == "COMPLETED":
         raise delivery.fault()
-    raise verdict(status, view, endpoint.id, job.key_id)
+    raise verdict(status, view, endpoint.id, job.key_id, job.public_key_id)
 
 
 def _reply_key(job: SubmittedJob) -> HpkePrivateKey | None:

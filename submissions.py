@@ -33,6 +33,7 @@ class Submissions:
             key_id=job.key_id,
             request_id=request.request_id,
             response_secret=request.response_secret,
+            public_key_id=job.public_key_id,
             reply_seed=b64(job.envelope.reply_key.seed) if job.envelope else None,
             route=request.route,
             issued_at=request.issued_at,

@@ -391,7 +391,8 @@ def test_doctor_finds_everything_in_order(echo: Echo, transport: str, told: str)
             "this side",
         ],
         "ok",
-    )
+    ) | {"public-key mode": "note"}
+    assert "off; whoever gets the encryption key can read what was recorded" in done.out
     assert f"key id {Key.parse(echo.key).id}" in done.out
     assert echo.key not in done.out and echo.platform.api_key not in done.out
 
@@ -409,8 +410,31 @@ def test_doctor_names_what_is_wrong_and_what_to_do(echo: Echo) -> None:
     assert wrong_api_key.code == 12 and verdicts(wrong_api_key)["platform"] == "FAIL"
     nothing = run({}, "doctor")
     assert nothing.code == 3 and nothing.out.count("FAIL") == 3
+    assert (
+        "note  public-key mode: off"
+        in run(
+            {name: value for name, value in good.items() if name != "ENCRYPTION_KEY"}, "doctor"
+        ).out
+    )
     asleep = run(good, "doctor", "--no-worker")
     assert asleep.code == 0 and verdicts(asleep)["worker"] == "skip"
+
+
+def test_doctor_tells_until_when_a_key_is_good(echo: Echo) -> None:
+    environ = {**echo.environ, "ENCRYPTION_KEY": f"laptop={echo.key};not_after=2099-12-31"}
+    done = run(environ, "doctor", "--no-worker")
+    assert "named laptop, good until 2100-01-01 00:00 UTC\n" in done.out
+
+
+def test_doctor_warns_of_an_api_key_that_travels_in_the_clear(echo: Echo) -> None:
+    assert "WARN" not in run(echo.environ, "doctor", "--no-worker").out
+    # Linux takes 0.0.0.0 for this machine; by its form it is no loopback.
+    base = echo.platform.base_url.replace("127.0.0.1", "0.0.0.0")
+    done = run({**echo.environ, "RUNPOD_API_BASE": base}, "doctor", "--no-worker")
+    assert done.code == 0
+    assert "WARN  platform: RUNPOD_API_BASE begins with http://" in done.out
+    public = run({**echo.environ, "RUNPOD_API_BASE": "http://example.com/v2"}, "doctor")
+    assert public.code == 3 and verdicts(public) == {"settings": "FAIL"}
 
 
 def test_doctor_sees_a_wrong_clock(tmp_path: Path) -> None:

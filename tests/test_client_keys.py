@@ -116,6 +116,25 @@ def test_a_client_takes_the_first_key_that_is_good() -> None:
     assert days == [True, True, False, False]
     with pytest.raises(ConfigError, match=r"no encryption key is good now: key .* \(laptop\), rev"):
         KeyRing.parse(f"laptop={old};revoked").current(NOVEMBER)
+    with pytest.raises(ConfigError, match="ask whoever runs the endpoint for a new key, or"):
+        KeyRing.parse(f"laptop={old};not_after=2026-10-01").current(NOVEMBER)
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        (KEY[:-1], "copy it again, with its = at the end, or make one"),
+        (KEY[:-2] + "=", "copy it again, with its = at the end, or make one"),
+        (f"{KEY},", "encryption key 2 is empty; remove the comma too many"),
+        ("", "the encryption key is empty; make one"),
+    ],
+    ids=range(4),  # keys differ from process to process
+)
+def test_a_key_that_was_copied_badly_is_not_answered_by_a_new_one(text: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        KeyRing.parse(text)
+    assert remedy in str(caught.value)
+    assert KEY[:8] not in str(caught.value)
 
 
 # Rejection --------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from hpke import Envelope, HpkeKeyRing, HpkePrivateKey, HpkePublicKey
 from keys import Key, KeyRing, generate_key
 from protocol import HpkeRequest, Request, pad_request
 from tests import promises
-from tests.cli import run, run_apart
+from tests.cli import Done, run, run_apart
 from tests.echo import Echo
 from tests.gateways import RunningGateway
 
@@ -530,6 +530,7 @@ NO_MLKEM = "hpke-public." + b64(b"\xff" * 1184 + WORKER.public.raw[1184:])
 def test_faults_of_a_public_key_are_told(text: str, says: str) -> None:
     fault = faults_of(HpkePublicKey.parse, text)
     assert fault.startswith("- HPKE_PUBLIC_KEY ") and says in fault
+    assert fault.endswith("copy it again from whoever runs the endpoint")
 
 
 def test_faults_of_private_keys_are_told_together_and_never_quote() -> None:
@@ -544,6 +545,7 @@ def test_faults_of_private_keys_are_told_together_and_never_quote() -> None:
         strict=True,
     ):
         assert says in fault
+    assert faults[-1].endswith("remove the comma too many")
     assert faults_of(HpkeKeyRing.parse, "x").startswith("- HPKE_PRIVATE_KEY does not")
 
 
@@ -573,6 +575,12 @@ def test_a_slip_does_not_switch_it_off() -> None:
     assert any("HPKE_PRIVATE_KEY is empty" in fault for fault in faults)
     _, faults = config.read({"HPKE_PRIVAT_KEY": "x"}, ())
     assert "HPKE_PRIVAT_KEY is not a setting: did you mean HPKE_PRIVATE_KEY?" in faults
+    told = faults_of(lambda: client_settings(HPKE_PRIVATE_KEY=WORKER.text))
+    assert told == (
+        "- HPKE_PRIVATE_KEY belongs on the endpoint only; set HPKE_PUBLIC_KEY here, and remove it"
+    )
+    both = {"HPKE_PRIVATE_KEY": WORKER.text, "HPKE_PUBLIC_KEY": WORKER.public.text}
+    assert client_settings(**both).hpke_public_key == WORKER.public.text
     given = {"HPKE_PUBLIC_KEY": "", "RUNPOD_ENDPOINT_ID": "e", "RUNPOD_API_KEY": "k"}
     assert "HPKE_PUBLIC_KEY is empty" in faults_of(GatewaySettings.from_environ, given)
 
@@ -605,7 +613,11 @@ def test_without_hpke_nothing_starts(
         ):
             assert "needs X25519 with ML-KEM-768" in faults_of(action, text)
         settings = client_settings(HPKE_PUBLIC_KEY=WORKER.public.text)
-        assert "Without it nothing is sent" in faults_of(Client, settings)
+        told = faults_of(Client, settings)
+        pyproject = Path(protocol.__file__).with_name("pyproject.toml")
+        assert "Without it nothing is sent" in told
+        [least] = re.findall(r'"cryptography>=(\d+)"', pyproject.read_text())
+        assert f"install version {least} or later" in told
         # Whoever does without the mode is not asked for it.
         Client(client_settings()).close()
         sealed = seal_request(request_of(None), KEY)
@@ -679,6 +691,25 @@ def test_keygen_prints_a_pair() -> None:
     assert b64(key.seed) not in done.err
 
 
+def test_keygen_tells_the_public_key_of_a_private_one(tmp_path: Path) -> None:
+    file = tmp_path / "private"
+    for text in (WORKER.text, f"HPKE_PRIVATE_KEY={WORKER.text}\nHPKE_PUBLIC_KEY=x\n"):
+        file.write_text(text)
+        file.chmod(0o600)
+        for done in (
+            run({}, "keygen", "--hpke", "--public-of", str(file)),
+            run({}, "keygen", "--public-of", "-", stdin=text),
+        ):
+            told = f"public key id {WORKER.public.id}\n"
+            assert done == Done(0, f"HPKE_PUBLIC_KEY={WORKER.public.text}\n", told)
+    file.chmod(0o644)
+    refused = run({}, "keygen", "--public-of", str(file))
+    assert (refused.code, refused.out) == (ConfigError.exit_code, "")
+    assert f"run: chmod 600 {file}" in refused.err
+    wrong = run({}, "keygen", "--public-of", "-", stdin=WORKER.public.text)
+    assert wrong.code == ConfigError.exit_code and "holds its public key" in wrong.err
+
+
 @pytest.mark.parametrize("transport", ["run", "openai"])
 def test_answers_come_by_every_way(echo: Echo, transport: str) -> None:
     settings = replace(echo.settings, transport=transport)
@@ -724,6 +755,22 @@ def test_a_client_without_the_public_key_is_told_what_to_look_at(echo: Echo) -> 
         with Client(settings) as client, pytest.raises(Rejected) as caught:
             client.chat(PROMPT)
         assert "HPKE_PUBLIC_KEY here belongs to its HPKE_PRIVATE_KEY" in str(caught.value)
+        told = f"its id here is {STRANGER.public.id};" if public_key else "here none is set;"
+        assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("public_key", ["", STRANGER.public.text], ids=["none", "another"])
+def test_a_submitted_job_that_was_rejected_tells_the_public_key_too(
+    echo: Echo, public_key: str
+) -> None:
+    environ = {name: value for name, value in echo.environ.items() if name != "HPKE_PUBLIC_KEY"}
+    job_id = run(
+        {**environ, **({"HPKE_PUBLIC_KEY": public_key} if public_key else {})}, "submit", PROMPT
+    ).out.strip()
+    done = run(environ, "result", job_id)
+    assert done.code == Rejected.exit_code
+    assert (f"its id here is {STRANGER.public.id};" in done.err) == bool(public_key)
+    assert ("here none is set;" in done.err) != bool(public_key)
 
 
 def test_a_worker_without_the_pair_rejects_what_is_in_an_envelope(tmp_path: Path) -> None:

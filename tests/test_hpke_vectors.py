@@ -69,6 +69,13 @@ def parse_public(text: str) -> None:
     read_public(canonical(text.removeprefix("hpke-public."), padded=False))
 
 
+def parse_private(text: str) -> None:
+    if not text.startswith("hpke-private."):
+        raise Refused("prefix")
+    if len(canonical(text.removeprefix("hpke-private."), padded=False)) != 32:
+        raise Refused("length")
+
+
 def hpke_open(private: str, sealed: bytes, info: str) -> bytes | None:
     try:
         return SUITE.decrypt(
@@ -138,6 +145,13 @@ def test_keys_refuse(case: Case) -> None:
     assert refusal(partial(parse_public, case["public_key"])) == case["reason"]
     with pytest.raises(ConfigError):
         HpkePublicKey.parse(case["public_key"])
+
+
+@cases("hpke", "refuse_private_key")
+def test_private_keys_refuse(case: Case) -> None:
+    assert refusal(partial(parse_private, case["private_key"])) == case["reason"]
+    with pytest.raises(ConfigError):
+        HpkeKeyRing.parse(case["private_key"])
 
 
 @cases("hpke", "open")

@@ -60,6 +60,7 @@ MEMBERS = {
     ("simple", "answer"): "key chunks objects",
     ("hpke", "derive"): "private_key public_key key_id",
     ("hpke", "refuse_key"): "public_key reason",
+    ("hpke", "refuse_private_key"): "private_key reason",
     ("hpke", "open"): "private_keys keys sealed request",
     ("hpke", "reject"): "private_keys keys sealed reason",
     ("hpke", "answer"): "key reply_private_key request_id response_secret chunks payloads",

@@ -24,6 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "docs" / "assurance.jsonl"
 PAGE = ROOT / "docs" / "assurance.md"
 
+SOAK = "tests/chaos/test_soak.py"
+"""What `make chaos` leaves out unless it is asked for: it takes 20 minutes by itself."""
+
 SUITES = {
     "attack": "What a hostile platform, sender or reader tries.",
     "chaos": "What a platform and machines that fail may do to an answer.",
@@ -61,6 +64,11 @@ class Declared:
     statement: str
     suite: str
     files: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        """What tries it."""
+        return f"make {self.suite}" + (" SOAK=1" if self.files == (SOAK,) else "")
 
 
 def declared() -> dict[str, Declared]:

@@ -167,6 +167,15 @@ def _keys() -> Iterator[Case]:
         ("low order", "The point 0.", "hpke-public." + b64(raw[:1184] + bytes(32)), "key"),
     ):
         yield case(name, comment, "refuse_key", public_key=broken, reason=reason)
+    text = WORKER.text
+    for name, comment, broken, reason in (
+        ("a public key", "The other half.", WORKER.public.text, "prefix"),
+        ("another character", "No base64.", text[:-1] + "*", "encoding"),
+        ("padding", "b64 has none.", text + "=", "encoding"),
+        ("a byte short", "31 bytes.", "hpke-private." + b64(WORKER.seed[:-1]), "length"),
+        ("a byte long", "33 bytes.", "hpke-private." + b64(WORKER.seed + b"\0"), "length"),
+    ):
+        yield case(name, comment, "refuse_private_key", private_key=broken, reason=reason)
 
 
 def _requests() -> Iterator[Case]:
@@ -220,6 +229,9 @@ def _requests() -> Iterator[Case]:
         "too short", "Less than an encapsulation.", "1.hpke." + b64(bytes(99)), "envelope"
     )
     yield rejects("unknown key inside", "A kid that is none.", enveloped(unknown, "kid"), "inside")
+    yield rejects(
+        "bytes after it", "S and four more.", enveloped(inside + "AAAA", "more"), "inside"
+    )
     yield rejects("an envelope inside", "Only one.", enveloped(sealed, "twice"), "inside")
     yield rejects(
         "flipped inside",

@@ -291,7 +291,7 @@ def promises() -> str:
     rows = []
     for id, claim in assurance.declared().items():
         files = ", ".join(f"`{file}`" for file in claim.files)
-        rows.append((claim.statement, f"`{id}`", f"`make {claim.suite}`", files))
+        rows.append((claim.statement, f"`{id}`", f"`{claim.command}`", files))
     return table(("promise", "claim", "tried by", "in"), rows)
 
 

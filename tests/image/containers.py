@@ -13,7 +13,7 @@ from tools import buildah
 
 NAME = "sealed-vllm-image-test"
 CACHES = ("/tmp", "/root/.cache")
-"""What is in memory, as `docker run --read-only --tmpfs /tmp --tmpfs /root/.cache` has it."""
+"""What is in memory, as README's `docker run --read-only` has it, by `--tmpfs …:exec`."""
 
 # buildah's chroot isolation has neither a process namespace nor a root that is only read. What
 # Docker adds is added here, and the right to do so is dropped before the worker begins.
