@@ -8,9 +8,11 @@ client.py rightly hides.
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,6 +117,7 @@ class RunningWorker:
         self.folder = folder / name
         self.key = key or generate_key()
         self._log = self.folder / "log"
+        self._shortcut: Path | None = None
         cwd = self.folder / "cwd"
         cwd.mkdir(parents=True)
         env = {
@@ -135,6 +138,10 @@ class RunningWorker:
             for variable in ("HOME", "TMPDIR", "VLLM_CACHE_ROOT", "XDG_CACHE_HOME"):
                 (self.folder / variable).mkdir()
                 env[variable] = str(self.folder / variable)
+            # Sockets lie there too, for which the path of a test's folder may be too long.
+            self._shortcut = Path(tempfile.mkdtemp(prefix="w"))
+            (self._shortcut / "t").symlink_to(env["TMPDIR"])
+            env["TMPDIR"] = str(self._shortcut / "t")
         self.process = start([sys.executable, str(program)], self._log, env=env, cwd=cwd)
 
     @property
@@ -196,6 +203,8 @@ class RunningWorker:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(20)
         self.platform.lose(self.name)
+        if self._shortcut:
+            shutil.rmtree(self._shortcut, ignore_errors=True)
 
     def job_line(self, job_id: str) -> dict[str, str]:
         """Wait for the log line of a job and return its fields."""
