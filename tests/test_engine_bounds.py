@@ -115,6 +115,7 @@ async def overtakes(engine: Engine) -> tuple[bool, int]:
 
 
 @pytest.mark.skipif(not FULL, reason="starts an engine of its own: make attack")
+@pytest.mark.claim("bounds.prompt")
 async def test_by_its_defaults_vllm_answers_a_very_long_prompt_first(
     built_weak: Engine, engine: Engine
 ) -> None:

@@ -266,6 +266,7 @@ def test_nothing_is_found_after_other_ends(ending: str, tmp_path: Path, claim: T
 
 @ONLY_FULL
 @pytest.mark.engine
+@pytest.mark.claim("leaks.nothing")
 def test_without_the_guard_the_log_tells(tmp_path: Path) -> None:
     with audit(tmp_path, UNGUARDED) as audited:
         jobs = [audited.caller.send(*asked) for asked in requests(audited.word, "told")]
