@@ -4,6 +4,7 @@ searched for, and that nothing is left running.
 
 import base64
 import contextlib
+import io
 import json
 import os
 import pty
@@ -17,13 +18,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
+from crypto import AnswerSealer, new_request, seal_request
+from frames import AnswerEvent, End, FrameEncoder, Text
+from keys import KeyRing, generate_key
+from local_runpod_http import Exchange
 from tests.wait import until
 from tests.workers import ROOT
-from tools import demo_gateway, demo_search, demo_stage
+from tools import demo, demo_gateway, demo_search, demo_stage
 
 PROMPT = "What would you like to tell the platform?"
 DEMO = [sys.executable, str(ROOT / "tools" / "demo.py")]
+END = End({"total_tokens": 3}, {"total_ms": 1.0})
 
 
 def left_running(log: Path) -> list[psutil.Process]:
@@ -130,6 +137,38 @@ def seen_in_a_terminal(command: list[str], timeout_s: float) -> tuple[int, list[
     raise AssertionError(f"not within {timeout_s} s: {''.join(reads)[-2000:]}")
 
 
+@pytest.mark.parametrize("last", [[Text(0, " to the end of it" * 3), END], [END]])
+def test_the_table_says_where_the_answer_ends(last: list[AnswerEvent]) -> None:
+    request, key = new_request("generate", b"{}", audience="local", ttl_s=60), generate_key()
+    first = KeyRing.parse(key).first
+    sealer, encoder = AnswerSealer(request, first), FrameEncoder()
+    answer: list[list[AnswerEvent]] = [[Text(0, "Light")], [Text(0, " is")], last]
+    chunks = [
+        chunk
+        for events in answer
+        for chunk in sealer.seal(encoder.encode(events), final=events is last)
+    ]
+    asked = json.dumps({"input": {"sealed": seal_request(request, first)}}).encode()
+    screen = io.StringIO()
+    demo.show_both_sides(
+        Console(file=screen, width=100),
+        PROMPT,
+        key,
+        [Exchange("client → platform", "POST", "/v2/local/run", asked, 0.0)]
+        + [
+            Exchange(
+                "worker → platform",
+                "POST",
+                "/job-stream/pod-1/1",
+                json.dumps({"output": chunk}).encode(),
+                0.0,
+            )
+            for chunk in chunks
+        ],
+    )
+    assert any(row.startswith(" (the end) ") for row in screen.getvalue().splitlines())
+
+
 @pytest.mark.engine
 def test_a_person_sees_the_answer_arrive_and_what_the_platform_saw() -> None:
     code, reads = seen_in_a_terminal([*DEMO, PROMPT], 600)
@@ -140,7 +179,7 @@ def test_a_person_sees_the_answer_arrive_and_what_the_platform_saw() -> None:
     began = next(number for number, text in enumerate(reads) if "python client.py" in text)
     ended = next(number for number, text in enumerate(reads) if "what the platform saw" in text)
     assert ended - began > 5, "the answer came in one piece"
-    assert re.search(r"\(the end\) +1\.\w", seen), seen
+    assert re.search(r"^ ?\(the end\)", seen, re.MULTILINE), seen
     assert "nothing of the prompt or of the answer is in there" in seen
     assert re.search(r"First token after \d+ ms on the worker", seen)
     assert seen.rstrip().splitlines()[-1].startswith("Stopping the worker: done")

@@ -246,6 +246,8 @@ def test_variables_that_are_named_exist() -> None:
     }
     others = {
         "CAP_SYS_PTRACE",
+        "IN_PROGRESS",
+        "IN_QUEUE",
         "MODEL_REVISION",
         "PIP_INDEX_URL",
         "RUN_AS",

@@ -137,10 +137,12 @@ def show_both_sides(console: Console, prompt: str, key: str, exchanged: list[Exc
                 Text(f"… {left} more chunks", style="dim"),
                 Text(" or ".join(f"{size:,}" for size in sizes), style="dim"),
             )
-        # The end may come with the last words, or in a chunk of its own.
-        end = "(the end)" if number == len(shown) - 1 else ""
-        words = json.dumps(text, ensure_ascii=False) if text else ""
-        add(Text(f"{words} {end}".strip()), chunk)
+        # The end may come with the last words, or in a chunk of its own; a line of its own
+        # keeps it whole where the words fill theirs.
+        lines = [json.dumps(text, ensure_ascii=False)] if text else []
+        if number == len(shown) - 1:
+            lines.append("(the end)")
+        add(Text("\n".join(lines)), chunk)
     console.print(table)
 
 
