@@ -2,11 +2,15 @@
 
 import logging
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+from local_runpod import LocalRunpod
+from tests.workers import Caller, RunningWorker
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,3 +44,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneEngineAtA
 def usual_root_logger() -> None:
     """Undo what a dependency of vLLM does when a test imports it: it silences the root logger."""
     logging.getLogger().setLevel(logging.WARNING)
+
+
+@pytest.fixture(scope="module")
+def platform() -> Iterator[LocalRunpod]:
+    """Return the platform that the workers of a file are started on."""
+    with LocalRunpod(hold_s=5, stream_hold_s=5, record_bytes=20_000_000) as platform:
+        yield platform
+
+
+@pytest.fixture
+def caller(platform: LocalRunpod, worker: RunningWorker) -> Iterator[Caller]:
+    """Return a client of the file's `worker`; faults that were put in force end with it."""
+    with Caller(platform, worker.key) as caller:
+        yield caller
+    platform.faults.clear()

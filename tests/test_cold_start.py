@@ -89,8 +89,5 @@ def test_download_and_import_run_beside_each_other(record: dict[str, Any]) -> No
 
 
 def test_a_worker_that_was_started_so_answers(worker: RunningWorker) -> None:
-    caller = Caller(worker.platform, worker.key)
-    try:
+    with Caller(worker.platform, worker.key) as caller:
         assert caller.ask("generate", saying("hello")).text == "hello"
-    finally:
-        caller.close()

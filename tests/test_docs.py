@@ -150,13 +150,10 @@ def test_the_doctor_finds_nothing(worker: RunningWorker) -> None:
 @pytest.mark.engine
 @pytest.mark.parametrize("job", PLAINTEXT)
 def test_plaintext_forms_are_answered_where_allowed(worker: RunningWorker, job: str) -> None:
-    caller = Caller(worker.platform, worker.key)
-    try:
+    with Caller(worker.platform, worker.key) as caller:
         job_id = caller.submit(json.loads(job)["input"])
         assert caller.outputs(job_id)
         assert caller.status(job_id)["status"] == "COMPLETED"
-    finally:
-        caller.close()
 
 
 def test_continuous_integration_runs_the_command_that_is_named() -> None:

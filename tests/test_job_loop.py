@@ -82,9 +82,8 @@ def platform() -> Iterator[LocalRunpod]:
 
 @pytest.fixture
 def caller(platform: LocalRunpod) -> Iterator[Caller]:
-    caller = Caller(platform, "A" * 43 + "=")
-    yield caller
-    caller.close()
+    with Caller(platform, "A" * 43 + "=") as caller:
+        yield caller
 
 
 def status(platform: LocalRunpod, job_id: str) -> Status:

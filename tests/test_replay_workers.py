@@ -79,9 +79,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 @pytest.fixture
 def caller(house: House) -> Iterator[Caller]:
-    caller = Caller(house.platform, house.key)
-    yield caller
-    caller.close()
+    with Caller(house.platform, house.key) as caller:
+        yield caller
 
 
 @pytest.mark.claim("requests.shared_replay")

@@ -62,12 +62,6 @@ def key_of(client: str, worker: RunningWorker) -> Key:
 
 
 @pytest.fixture(scope="module")
-def platform() -> Iterator[LocalRunpod]:
-    with LocalRunpod(hold_s=5, stream_hold_s=5, record_bytes=20_000_000) as platform:
-        yield platform
-
-
-@pytest.fixture(scope="module")
 def worker(
     platform: LocalRunpod, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningWorker]:
@@ -83,14 +77,6 @@ def worker(
         ALLOW_WITHOUT_HPKE="true",
     ) as worker:
         yield worker.ready()
-
-
-@pytest.fixture
-def caller(platform: LocalRunpod, worker: RunningWorker) -> Iterator[Caller]:
-    caller = Caller(platform, worker.key)
-    yield caller
-    platform.faults.clear()
-    caller.close()
 
 
 def key_text(worker: RunningWorker) -> str:
@@ -762,10 +748,9 @@ def narrow(
             MAX_CONCURRENCY="2",
             ALLOW_PLAINTEXT="true",
         ) as worker,
+        Caller(own, worker.key) as caller,
     ):
-        caller = Caller(own, worker.ready().key)
-        yield worker, caller
-        caller.close()
+        yield worker.ready(), caller
 
 
 class TestPlaintextAllowed:

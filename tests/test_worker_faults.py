@@ -24,12 +24,6 @@ TICK_S = 0.1
 
 
 @pytest.fixture(scope="module")
-def platform() -> Iterator[LocalRunpod]:
-    with LocalRunpod(hold_s=5, stream_hold_s=5) as platform:
-        yield platform
-
-
-@pytest.fixture(scope="module")
 def workers(
     platform: LocalRunpod, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, RunningWorker]]:
@@ -42,10 +36,9 @@ def workers(
 
 @pytest.fixture
 def caller(platform: LocalRunpod, workers: dict[str, RunningWorker]) -> Iterator[Caller]:
-    caller = Caller(platform, workers["pod-1"].key)
-    yield caller
+    with Caller(platform, workers["pod-1"].key) as caller:
+        yield caller
     platform.faults.clear()
-    caller.close()
 
 
 def worker_of(

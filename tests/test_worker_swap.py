@@ -42,12 +42,6 @@ def broken(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def platform() -> Iterator[LocalRunpod]:
-    with LocalRunpod(hold_s=5, stream_hold_s=5, record_bytes=20_000_000) as platform:
-        yield platform
-
-
-@pytest.fixture(scope="module")
 def first_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(MODEL, tmp_path_factory.mktemp("models") / "tiny-llama"))
 
@@ -72,13 +66,6 @@ def worker(
         DTYPE="float32",
     ) as worker:
         yield worker.ready()
-
-
-@pytest.fixture
-def caller(platform: LocalRunpod, worker: RunningWorker) -> Iterator[Caller]:
-    caller = Caller(platform, worker.key)
-    yield caller
-    caller.close()
 
 
 def to(model: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -316,7 +316,10 @@ class Caller:
             timeout=60,
         )
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.http.close()
 
     def submit(self, job_input: Any) -> str:

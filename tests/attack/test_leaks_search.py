@@ -4,7 +4,6 @@ In bytes made up here, and in all that a weakened worker lets out.
 """
 
 import base64
-import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -171,10 +170,9 @@ def weak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weak]:
             RUNPOD_LOG_LEVEL="ERROR",
             **wire.worker_env(platform, "pod-1"),
         ) as worker,
+        Caller(platform, worker.key) as caller,
     ):
-        caller = Caller(platform, worker.ready().key)
-        with contextlib.closing(caller):
-            yield Weak(caller, Traces(platform, worker, wire))
+        yield Weak(caller, Traces(platform, worker.ready(), wire))
 
 
 @pytest.mark.claim(

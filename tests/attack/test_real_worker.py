@@ -24,11 +24,11 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningWorker]:
-    with (
-        LocalRunpod(hold_s=5, stream_hold_s=5) as platform,
-        RunningWorker(platform, tmp_path_factory.mktemp("attacked"), LOG_LEVEL="DEBUG") as worker,
-    ):
+def worker(
+    platform: LocalRunpod, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningWorker]:
+    folder = tmp_path_factory.mktemp("attacked")
+    with RunningWorker(platform, folder, LOG_LEVEL="DEBUG") as worker:
         yield worker.ready()
 
 
@@ -37,8 +37,8 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningWorker]:
     "The real worker rejects mutated requests by the one text, answers others meanwhile to the "
     "letter, and is none the larger for it.",
 )
-def test_a_worker_under_attack(worker: RunningWorker, claim: Trials) -> None:
-    caller, seed = Caller(worker.platform, worker.key), int(time.time())
+def test_a_worker_under_attack(worker: RunningWorker, caller: Caller, claim: Trials) -> None:
+    seed = int(time.time())
     mutator, tried, failures = Mutator(seed), 0, 0
     claim.detail(f"seed {seed}")
     sent = caller.send("generate", saying(CANARY))
@@ -64,4 +64,3 @@ def test_a_worker_under_attack(worker: RunningWorker, claim: Trials) -> None:
     failures += grown_bytes > 20 * MIB
     failures += "a job failed" in worker.log or CANARY in worker.log
     claim.trials(tried, failures)
-    caller.close()

@@ -64,15 +64,15 @@ class Platforms:
                 MAX_CONCURRENCY=str(AT_ONCE),
                 RUNPOD_LOG_LEVEL="ERROR",
             ) as worker,
+            Caller(platform, worker.key) as caller,
         ):
-            caller = Caller(platform, worker.ready().key)
+            worker.ready()
             params = {"max_tokens": TOKENS}
             bodies = ({"prompt": str(n), "sampling_params": params} for n in range(ANSWERS))
             ids = [caller.send("generate", body).job_id for body in bodies]
             jobs = [platform.jobs[id] for id in ids]
             until(lambda: all(job.status.final for job in jobs), 900, "the jobs are over")
             assert {str(job.status) for job in jobs} == {"COMPLETED"}
-            caller.close()
             assert platform.exchanged_lost == 0
             seen = {
                 id: Seen(answer.topic, [], [])
