@@ -31,12 +31,12 @@ from errors import ConfigError
 from failed_starts import FailedStarts
 from hpke import HpkeKeyRing
 from keys import KeyRing
-from model_needs import OPTION_NAMES
+from model_needs import OPTION_NAMES, FitSettings
 from model_swap import Models
 from preparation import Job, Preparation
 from readiness import Readiness
 from utils import Snapshot
-from worker_environment import environment, prepare_compiling, prepare_hub
+from worker_environment import environment, prepare_compiling, prepare_eager, prepare_hub
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -99,6 +99,9 @@ def boot(environ: Mapping[str, str], failed_starts: FailedStarts) -> Booted:
     prepare_hub(environment(), early)
     preparation = _prepare(early, readiness)
     local = _local_folder(environ, early)
+    fit = FitSettings.read(early.engine_options, early.gpu_memory_utilization)
+    if fit.enforce_eager and compile_key.on_cpu():
+        prepare_eager(environment())
     with tempfile.NamedTemporaryFile(prefix="sealed-vllm-start-") as phases:
         environment()[engine_phases.VARIABLE] = phases.name
         with readiness.phase("imports"):

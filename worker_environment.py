@@ -115,3 +115,13 @@ def prepare_compiling(
     if cpu:
         # On a CPU, vLLM 0.32 fails to load what it has compiled ahead of time, and compiles again.
         environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+
+
+def prepare_eager(environ: MutableMapping[str, str]) -> None:
+    """Have nothing compiled; call before torch is imported.
+
+    vLLM's ENFORCE_EAGER is for the model alone. How log probabilities are counted is compiled all
+    the same, at the first request that wants them: half a minute on two cores, in which every
+    other stream stands still.
+    """
+    environ.setdefault("TORCH_COMPILE_DISABLE", "1")

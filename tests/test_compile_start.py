@@ -11,7 +11,7 @@ import pytest
 from keys import generate_key
 from local_runpod import LocalRunpod
 from tests.wait import until
-from tests.workers import RunningWorker
+from tests.workers import Caller, RunningWorker, tokens
 
 pytestmark = pytest.mark.engine
 
@@ -50,6 +50,9 @@ def test_a_second_worker_compiles_nothing_again(
     with started(folder, "first", **settings) as first:
         until(lambda: "compile cache: published" in first.log, 30, "the archive")
         made, took_s = compiled(first), phases(first)["compile"]["took_s"]
+        with Caller(first.platform, first.key) as caller:
+            assert caller.ask("generate", tokens(2, logprobs=3)).complete
+        assert compiled(first) == made, "somebody waited while it compiled"
     with started(folder, "second", **settings) as second:
         assert made and compiled(second) == made
         assert phases(second)["compile cache"]["files"] >= len(made)

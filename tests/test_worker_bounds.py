@@ -25,12 +25,6 @@ USER = [{"role": "user", "content": "Speak."}]
 
 
 @pytest.fixture(scope="module")
-def platform() -> Iterator[LocalRunpod]:
-    with LocalRunpod(hold_s=5, stream_hold_s=5) as platform:
-        yield platform
-
-
-@pytest.fixture(scope="module")
 def worker(
     platform: LocalRunpod, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningWorker]:
@@ -48,11 +42,9 @@ def worker(
         yield worker.ready()
 
 
-@pytest.fixture
-def caller(platform: LocalRunpod, worker: RunningWorker) -> Iterator[Caller]:
-    caller = Caller(platform, worker.key)
-    yield caller
-    caller.close()
+def test_nothing_is_compiled_while_others_wait(worker: RunningWorker, caller: Caller) -> None:
+    assert caller.ask("generate", tokens(2, temperature=1, logprobs=3)).complete
+    assert not list(worker.folder.rglob("*.so"))
 
 
 @pytest.mark.claim(

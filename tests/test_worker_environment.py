@@ -87,3 +87,12 @@ def test_what_compiles_is_told_its_folder_and_not_to_compile_ahead_on_a_cpu() ->
         told = dict(environ)
         worker_environment.prepare_compiling(told, {"VLLM_CACHE_ROOT": "/new"}, cpu=cpu)
         assert told == expected
+
+
+def test_where_nothing_is_to_be_compiled_torch_is_told() -> None:
+    told: dict[str, str] = {}
+    worker_environment.prepare_eager(told)
+    assert told == {"TORCH_COMPILE_DISABLE": "1"}
+    chosen = {"TORCH_COMPILE_DISABLE": "0"}
+    worker_environment.prepare_eager(chosen)
+    assert chosen == {"TORCH_COMPILE_DISABLE": "0"}
