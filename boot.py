@@ -261,7 +261,10 @@ def _tell_keys(checked: _Checked) -> None:
     for hpke_key in checked.hpke_keys or ():
         log.info("public key %s", hpke_key.public.id)
     if checked.hpke_keys and checked.settings.allow_without_hpke:
-        log.warning("ALLOW_WITHOUT_HPKE: sealed requests without public-key mode are served too")
+        log.warning(
+            "ALLOW_WITHOUT_HPKE: requests without public-key mode are served too, sealed ones and "
+            "Fernet alone"
+        )
 
 
 def _hopeless(keys: KeyRing) -> list[str]:

@@ -100,7 +100,7 @@ class ClientSettings:
     def shows_api_key(self) -> bool:
         """Whether the API key crosses a network, if only a private one, without TLS."""
         url = urlsplit(self.api_base)
-        return url.scheme == "http" and not _is_this_machine(url.hostname or "")
+        return url.scheme == "http" and not is_this_machine(url.hostname or "")
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], *, with_key: bool = True) -> Self:
@@ -225,7 +225,8 @@ class Reader:
                 self.faults.append(f"{other} is no setting; is {name} meant?")
         if self.text("HPKE_PRIVATE_KEY") and name not in self._environ:
             self.faults.append(
-                f"HPKE_PRIVATE_KEY belongs on the endpoint only; set {name} here, and remove it"
+                f"HPKE_PRIVATE_KEY belongs on the endpoint only; remove it here, and set {name} "
+                "(python client.py keygen --public-of prints it)"
             )
         return self.text(name)
 
@@ -298,7 +299,8 @@ class Reader:
         return None if value is None else int(value)
 
 
-def _is_this_machine(host: str) -> bool:
+def is_this_machine(host: str) -> bool:
+    """Return whether only this machine can reach a server that listens on `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -307,8 +309,9 @@ def _is_this_machine(host: str) -> bool:
 
 def is_local(host: str) -> bool:
     """Return whether a host name is this machine's or one of a private network."""
+    if is_this_machine(host):
+        return True
     try:
-        address = ipaddress.ip_address(host)
+        return ipaddress.ip_address(host).is_private
     except ValueError:
-        return host == "localhost" or "." not in host
-    return address.is_loopback or address.is_private
+        return "." not in host

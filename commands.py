@@ -76,7 +76,7 @@ def _keygen_public(path: str) -> int:
 
 def _run(args: argparse.Namespace, parser: argparse.ArgumentParser, screen: Screen) -> int:
     match args.command:
-        case "keygen" if args.public_of:
+        case "keygen" if args.public_of is not None:
             return _keygen_public(args.public_of)
         case "keygen":
             return _keygen_hpke() if args.hpke else _keygen()

@@ -135,10 +135,13 @@ def _public_key(patient: _Patient, settings: ClientSettings) -> bool:
         worker_key = HpkePublicKey.parse(settings.hpke_public_key)
     except ConfigError as error:
         for fault in error.faults:
-            patient.fail("public key", fault)
+            patient.fail("public-key mode", fault)
         patient.exit_code = error.exit_code
         return False
-    patient.ok("public key", f"well-formed, id {worker_key.id}; nothing is sent without it")
+    patient.ok(
+        "public-key mode",
+        f"on, the worker's public key has the id {worker_key.id}; nothing is sent without it",
+    )
     return True
 
 

@@ -5,7 +5,6 @@ settings are `client_config`'s, through which everything is read.
 """
 
 import difflib
-import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -138,10 +137,7 @@ class GatewaySettings:
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the gateway."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return client_config.is_this_machine(self.host)
 
 
 def load(overrides: Mapping[str, str | None]) -> GatewaySettings:

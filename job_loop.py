@@ -2,9 +2,10 @@
 
 `runpod` 1.12 has no hook that runs inside its event loop before the first job,
 looks for taken jobs ten times a second, loses a job that arrives after SIGTERM,
-runs a job twice that is delivered twice, and asks without a pause for jobs where
-nobody listens. `JobLoop` is its `JobScaler` with these five mended; taking, posting,
-cancelling and pinging stay the SDK's. Knows nothing of engines or of encryption.
+runs a job twice that is delivered twice, asks without a pause for jobs where
+nobody listens, and stays without memory for any. `JobLoop` is its `JobScaler` with
+these six mended; taking, posting, cancelling and pinging stay the SDK's. Knows
+nothing of engines or of encryption.
 """
 
 import asyncio
@@ -118,6 +119,10 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
             jobs = await rp_job.get_job(session, jobs_needed)
         except (asyncio.CancelledError, TimeoutError, TooManyRequests):  # the SDK pauses by itself
             raise
+        except MemoryError:
+            # What was being taken is lost here: only another worker can be given it again.
+            self._fail()
+            raise
         except Exception:
             await asyncio.sleep(self._pause_s)
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
@@ -160,5 +165,8 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
     async def _watch(self) -> None:
         while not self._worker.failed():  # the engine's death sets no event
             await asyncio.sleep(HEALTH_INTERVAL_S)
+        self._fail()
+
+    def _fail(self) -> None:
         self.failed = True
         self.kill_worker()

@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -378,8 +377,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     process_hygiene.seal_off()
     environ = worker_environment.environment()
-    here = Path(__file__).resolve().parent
-    worker_environment.prepare_libraries(environ, here / "vllm_logging.json")
+    worker_environment.prepare_libraries(environ)
     log_guard.install()
     taken = worker_environment.take_secrets(environ)
     own, _ = config.read_for_models(taken)

@@ -14,6 +14,7 @@ from pathlib import Path
 from config import Settings
 
 _SDK_KEY = "RUNPOD_AI_API_KEY"
+_VLLM_LOGGING = Path(__file__).resolve().with_name("vllm_logging.json")
 
 _SECRETS = (
     *("ENCRYPTION_KEY", "HPKE_PRIVATE_KEY", "REPLAY_REDIS_URL"),
@@ -60,7 +61,7 @@ def _erase(name: str) -> None:
         ctypes.memset(address, 0, len(ctypes.string_at(address)))
 
 
-def prepare_libraries(environ: MutableMapping[str, str], logging_config: Path) -> None:
+def prepare_libraries(environ: MutableMapping[str, str]) -> None:
     """Set what vLLM and the SDK read when they are imported; call before either is.
 
     Levels below INFO are raised: at DEBUG vLLM writes prompts. `VLLM_NO_USAGE_STATS`
@@ -69,7 +70,7 @@ def prepare_libraries(environ: MutableMapping[str, str], logging_config: Path) -
     environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
     if environ.get("VLLM_LOGGING_LEVEL", "INFO").upper() in ("DEBUG", "NOTSET"):
         environ["VLLM_LOGGING_LEVEL"] = "INFO"
-    environ["VLLM_LOGGING_CONFIG_PATH"] = str(logging_config)
+    environ["VLLM_LOGGING_CONFIG_PATH"] = str(_VLLM_LOGGING)
     environ["VLLM_CONFIGURE_LOGGING"] = "1"
     environ["SAGEMAKER_CONTAINER_LOG_LEVEL"] = "ERROR"  # a part of vLLM's that logs requests
     environ["VLLM_NO_USAGE_STATS"] = "1"

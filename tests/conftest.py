@@ -1,18 +1,16 @@
 """What holds for every test."""
 
+import functools
 import logging
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from local_runpod import LocalRunpod
-from tests.workers import Caller, RunningWorker
-
-ROOT = Path(__file__).parent.parent
+from tests.workers import ROOT, Caller, RunningWorker
 
 pytest_plugins = ["tests.claims"]
 
@@ -31,7 +29,12 @@ class OneEngineAtATime(LoadScopeScheduling):  # type: ignore[misc]
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
-        return "engine" if "mark.engine" in (ROOT / file).read_text() else file
+        return "engine" if _needs_engine(file) else file
+
+
+@functools.cache
+def _needs_engine(file: str) -> bool:
+    return "mark.engine" in (ROOT / file).read_text()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -25,7 +25,7 @@ from protocol import GENERATE, Call
 from worker_environment import environment, prepare_libraries
 
 ROOT = Path(__file__).parent.parent
-prepare_libraries(environment(), ROOT / "vllm_logging.json")
+prepare_libraries(environment())
 # Bound to a core that everything else needs too, an engine can keep it for seconds.
 environment().setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 

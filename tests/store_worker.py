@@ -74,7 +74,7 @@ class Preparation:
 
 
 def main() -> None:
-    prepare_libraries(os.environ, Path(rp_handler.__file__).with_name("vllm_logging.json"))
+    prepare_libraries(os.environ)
     log_guard.install()
     settings, _ = config.read(os.environ, ())
     store = ReplayStore(

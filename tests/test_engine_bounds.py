@@ -192,7 +192,7 @@ class TestTheQueue:
 
     async def test_what_has_begun_may_take_longer(self, engine: Engine) -> None:
         engine.max_queue_s = 0.2
-        body = {"max_completion_tokens": 600, "ignore_eos": True, "stream": False}
+        body = {"max_completion_tokens": 2_000, "ignore_eos": True, "stream": False}
         chat = {"messages": user("Hello"), **body}
         try:
             answer = await read(engine.run(call(CHAT, chat), "salt"))

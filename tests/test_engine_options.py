@@ -12,7 +12,7 @@ import model_prefetch
 from errors import ConfigError
 from worker_environment import environment, prepare_libraries
 
-prepare_libraries(environment(), Path(__file__).parent.parent / "vllm_logging.json")
+prepare_libraries(environment())
 with warnings.catch_warnings():  # torch warns of itself while it is imported
     warnings.simplefilter("ignore")
     from vllm.engine.arg_utils import AsyncEngineArgs

@@ -56,7 +56,7 @@ def request_of(envelope: Envelope | None, **changes: Any) -> Request:
     return new_request("generate", **given | {"body": body, "envelope": envelope} | changes)
 
 
-def bare_of(request: Request) -> Request:
+def without_reply_key(request: Request) -> Request:
     """Return a request without what public-key mode adds to it."""
     return Request(**{name: getattr(request, name) for name in Request.__struct_fields__})
 
@@ -152,7 +152,7 @@ def check_no_downgrade_of_the_simple_form() -> None:
 def check_no_downgrade_of_answers() -> None:
     """Also not by somebody who has come by what the request said."""
     _, request, envelope = sent()
-    [chunk] = AnswerSealer(bare_of(request), KEY).seal(ANSWER, final=True)
+    [chunk] = AnswerSealer(without_reply_key(request), KEY).seal(ANSWER, final=True)
     with pytest.raises(TamperedChunk):
         AnswerOpener(request, KEY, envelope.reply_key).open(chunk)
 
@@ -351,7 +351,7 @@ def looks_first(self: RequestOpener, sealed: Any) -> Any:
 
 
 def without_envelope(request: Request, key: Key, envelope: Any = None) -> str:
-    content = pad_request(bare_of(request).encode())
+    content = pad_request(without_reply_key(request).encode())
     return f"1.{key.id}." + key.request_fernet.encrypt_at_time(content, 0).decode()
 
 
@@ -577,7 +577,8 @@ def test_a_slip_does_not_switch_it_off() -> None:
     assert "HPKE_PRIVAT_KEY is not a setting: did you mean HPKE_PRIVATE_KEY?" in faults
     told = faults_of(lambda: client_settings(HPKE_PRIVATE_KEY=WORKER.text))
     assert told == (
-        "- HPKE_PRIVATE_KEY belongs on the endpoint only; set HPKE_PUBLIC_KEY here, and remove it"
+        "- HPKE_PRIVATE_KEY belongs on the endpoint only; remove it here, and set HPKE_PUBLIC_KEY "
+        "(python client.py keygen --public-of prints it)"
     )
     both = {"HPKE_PRIVATE_KEY": WORKER.text, "HPKE_PUBLIC_KEY": WORKER.public.text}
     assert client_settings(**both).hpke_public_key == WORKER.public.text
@@ -787,7 +788,7 @@ def test_doctor_looks_at_it(echo: Echo) -> None:
     assert done.code == 0 and f"id {echo.hpke_key.public.id}" in done.out
     done = run({**echo.environ, "HPKE_PUBLIC_KEY": echo.key}, "doctor")
     assert done.code == ConfigError.exit_code
-    assert "FAIL  public key: HPKE_PUBLIC_KEY does not begin" in done.out
+    assert "FAIL  public-key mode: HPKE_PUBLIC_KEY does not begin" in done.out
 
 
 def test_the_gateway_uses_it(echo: Echo, tmp_path: Path) -> None:

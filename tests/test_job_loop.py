@@ -19,7 +19,7 @@ import pytest
 from local_runpod import LocalRunpod
 from local_runpod_queue import Status
 from tests.wait import until
-from tests.workers import Caller
+from tests.workers import Caller, starve
 
 SCRIPT = Path(__file__).with_name("loop_worker.py")
 
@@ -281,6 +281,16 @@ def test_a_platform_that_fails_is_asked_ever_less_often(
     failed, outputs = polls_that_failed(platform, caller, tmp_path, "mended")
     assert failed <= 5
     assert outputs == ["first", "last"]
+
+
+def test_without_memory_for_a_job_the_worker_ends(
+    platform: LocalRunpod, caller: Caller, tmp_path: Path
+) -> None:
+    with LoopWorker(platform, tmp_path) as worker:
+        worker.ready()
+        starve(worker.process.pid)
+        caller.submit({"prompt": "x" * 5_000_000})
+        assert worker.process.wait(30) == 3
 
 
 class TestTheSdksOwnLoop:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import worker_environment
+from tests.workers import ROOT
 
 
 def test_secrets_are_taken_out_of_an_environment() -> None:
@@ -52,11 +53,11 @@ def test_libraries_are_told_not_to_log_content_or_report() -> None:
         "VLLM_CONFIGURE_LOGGING": "0",
         "VLLM_DEBUG_LOG_API_SERVER_RESPONSE": "1",
     }
-    worker_environment.prepare_libraries(environ, Path("/logging.json"))
+    worker_environment.prepare_libraries(environ)
     assert environ == {
         "RUNPOD_LOG_LEVEL": "INFO",
         "VLLM_LOGGING_LEVEL": "INFO",
-        "VLLM_LOGGING_CONFIG_PATH": "/logging.json",
+        "VLLM_LOGGING_CONFIG_PATH": str(ROOT / "vllm_logging.json"),
         "VLLM_CONFIGURE_LOGGING": "1",
         "SAGEMAKER_CONTAINER_LOG_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
@@ -69,7 +70,7 @@ def test_libraries_are_told_not_to_log_content_or_report() -> None:
 @pytest.mark.parametrize("level", ["INFO", "WARNING", "ERROR"])
 def test_a_quieter_log_is_left_quiet(level: str) -> None:
     environ = {"VLLM_LOGGING_LEVEL": level, "RUNPOD_LOG_LEVEL": "ERROR"}
-    worker_environment.prepare_libraries(environ, Path("/logging.json"))
+    worker_environment.prepare_libraries(environ)
     assert environ["VLLM_LOGGING_LEVEL"] == level
     assert environ["RUNPOD_LOG_LEVEL"] == "ERROR"
 

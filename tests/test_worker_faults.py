@@ -35,10 +35,9 @@ def workers(
 
 
 @pytest.fixture
-def caller(platform: LocalRunpod, workers: dict[str, RunningWorker]) -> Iterator[Caller]:
-    with Caller(platform, workers["pod-1"].key) as caller:
-        yield caller
-    platform.faults.clear()
+def worker(workers: dict[str, RunningWorker]) -> RunningWorker:
+    """The one whose key the caller has; both have the same."""
+    return workers["pod-1"]
 
 
 def worker_of(

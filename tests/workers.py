@@ -8,6 +8,7 @@ client.py rightly hides.
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -73,6 +74,12 @@ def start(command: Sequence[str], log: Path, **options: Any) -> subprocess.Popen
             start_new_session=True,
             **options,
         )
+
+
+def starve(pid: int) -> None:
+    """Let a process have no more memory than it has."""
+    used_bytes = psutil.Process(pid).memory_info().vms
+    resource.prlimit(pid, resource.RLIMIT_AS, (used_bytes, used_bytes))
 
 
 def until_ready(

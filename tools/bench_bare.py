@@ -50,10 +50,7 @@ async def rounds(engine: Any) -> None:
 
 def main() -> None:
     model = sys.argv[1]
-    prepare_libraries(
-        environment(),
-        Path(__file__).resolve().parent.parent / "vllm_logging.json",
-    )
+    prepare_libraries(environment())
     from engine import Engine
 
     engine = Engine(model, ["bench"], OPTIONS, 0.95)

@@ -140,8 +140,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=20_000, help="tokens per second")
     parser.add_argument("--post-s", type=float, default=0.01, help="how long a POST lasts")
     args = parser.parse_args()
-    here = Path(__file__).resolve().parent
-    prepare_libraries(environment(), here.parent / "vllm_logging.json")
+    prepare_libraries(environment())
     logging.getLogger("worker").setLevel(logging.WARNING)
     from transformers import AutoTokenizer
 
@@ -156,7 +155,7 @@ def main() -> None:
         core = subprocess.Popen(
             [
                 sys.executable,
-                str(here / "fake_core.py"),
+                str(Path(__file__).with_name("fake_core.py")),
                 *addresses.values(),
                 str(args.rate),
                 *map(str, token_ids),

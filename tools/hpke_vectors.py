@@ -124,7 +124,7 @@ def enveloped(inside: str, label: str, info: bytes = REQUEST_INFO) -> str:
     return "1.hpke." + b64(seal(WORKER, inside.encode(), info, label))
 
 
-def bare_of(request: Request, label: str) -> str:
+def sealed_bare(request: Request, label: str) -> str:
     """Return a request sealed as section 3 has it, with whatever members."""
     with ivs(fixed(f"{label} iv", 16)), patch("crypto.HpkeRequest", type(None)):
         return seal_request(request, WORKER_KEY)
@@ -207,7 +207,7 @@ def _requests() -> Iterator[Case]:
     yield opens("one private key", "The envelope, and what is in it.", [WORKER])
     yield opens("several private keys", "Every key is tried.", [OLD, WORKER])
     good = request_of("good")
-    inside = bare_of(good, "good")
+    inside = sealed_bare(good, "good")
     sealed = enveloped(inside, "good")
     bare = without_reply_key(good)
     no_key = replace(good, reply_key=b64(REPLY.public.raw[:1184] + bytes(32)))
@@ -242,13 +242,13 @@ def _requests() -> Iterator[Case]:
     yield rejects(
         "no reply key",
         "A request as without public-key mode, in an envelope.",
-        enveloped(bare_of(bare, "bare"), "bare"),
+        enveloped(sealed_bare(bare, "bare"), "bare"),
         "members",
     )
     yield rejects(
         "a reply key that is none",
         "Of low order.",
-        enveloped(bare_of(no_key, "low order"), "low order"),
+        enveloped(sealed_bare(no_key, "low order"), "low order"),
         "members",
     )
 

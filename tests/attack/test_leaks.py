@@ -7,22 +7,19 @@ its guard, so it can fail.
 
 import contextlib
 import json
-import resource
-import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from hpke import HpkePrivateKey
 from local_runpod import LocalRunpod
 from tests.attack import doors
-from tests.attack.canaries import Words, search
+from tests.attack.canaries import Words, letters, search
 from tests.attack.traces import Traces, Wire
 from tests.claims import FULL, Trials
 from tests.wait import until
-from tests.workers import WORKER, Caller, RunningWorker, Sent
+from tests.workers import WORKER, Caller, RunningWorker, Sent, starve
 
 UNGUARDED = Path(__file__).with_name("unguarded_worker.py")
 
@@ -74,6 +71,7 @@ class Audited:
 def audit(folder: Path, program: Path = WORKER) -> Iterator[Audited]:
     """Start a worker of its own, with a recorder on each side of the platform."""
     hpke_key = HpkePrivateKey.generate().text
+    hf_token, account_key = f"hf_{letters()}", f"rpa_{letters()}"
     with (
         LocalRunpod(hold_s=5, stream_hold_s=5, record_bytes=10**9) as platform,
         Wire(platform.port) as worker_wire,
@@ -83,7 +81,8 @@ def audit(folder: Path, program: Path = WORKER) -> Iterator[Audited]:
             folder,
             private=True,
             program=program,
-            HF_TOKEN="hf_" + secrets.token_hex(20),
+            HF_TOKEN=hf_token,
+            RUNPOD_API_KEY=account_key,
             HPKE_PRIVATE_KEY=hpke_key,
             ALLOW_WITHOUT_HPKE="true",
             RUNPOD_LOG_LEVEL="DEBUG",
@@ -96,7 +95,7 @@ def audit(folder: Path, program: Path = WORKER) -> Iterator[Audited]:
     ):
         caller.http.base_url = client_wire.url(caller.http.base_url)
         traces = Traces(platform, worker.ready(), worker_wire, client_wire)
-        yield Audited(worker, traces, caller, [worker.key, hpke_key])
+        yield Audited(worker, traces, caller, [worker.key, hpke_key, hf_token, account_key])
 
 
 @pytest.fixture(scope="module")
@@ -165,24 +164,22 @@ class TestWorker:
         "No key and no token of a worker is found on the wire, in a log, a file, a command line or "
         "an environment.",
     )
-    def test_the_keys_are_in_no_trace(self, audited: Audited) -> None:
+    def test_the_keys_are_in_no_trace(self, audited: Audited, claim: Trials) -> None:
         """Not even where /proc shows the environment a process was started with."""
         audited.traces.look()
-        environ = f"environ of {audited.worker.process.pid}"
-        # Or it shows none.
-        assert b"MODELS=" in audited.traces.shown.get(environ, b"MODELS=")
-        assert sum(name.startswith("cmdline") for name in audited.traces.shown) >= 4
-        sources = audited.traces.sources()
-        assert search(audited.keys, sources) == set()
-        assert not any(b"HF_TOKEN=hf_" in trace for trace in sources.values())
-
-    def test_core_dumps_are_off(self, audited: Audited) -> None:
-        audited.traces.look()
-        assert audited.traces.core_limits == {"0 0"}
+        shown = audited.traces.shown
+        if environ := shown.get(f"environ of {audited.worker.process.pid}"):
+            assert b"MODELS=" in environ
+        else:
+            claim.detail("/proc shows no environment of a worker here")
+        assert sum(name.startswith("cmdline") for name in shown) >= 4
+        hits = search(audited.keys, audited.traces.sources())
+        claim.trials(len(audited.keys), len({hit.word for hit in hits}))
 
     @pytest.mark.claim(
         "leaks.ends",
-        "Nothing that was sealed is found either after the engine or the worker has died over it.",
+        "Nothing of a prompt, of an answer or of sampling parameters is found outside of the "
+        "worker after it or its engine has died over them.",
     )
     def test_nothing_is_found_after_the_engine_has_crashed(
         self, audited: Audited, claim: Trials
@@ -200,12 +197,6 @@ class TestWorker:
 # --- under `make attack`: a worker for each of these ----------------------------------------
 
 ONLY_FULL = pytest.mark.skipif(not FULL, reason="an engine start each: part of make attack")
-
-
-def starve(pid: int) -> None:
-    """Let a process have no more memory than it has."""
-    used_bytes = psutil.Process(pid).memory_info().vms
-    resource.prlimit(pid, resource.RLIMIT_AS, (used_bytes, used_bytes))
 
 
 def starve_engine(audited: Audited) -> None:
@@ -246,19 +237,8 @@ def test_nothing_is_found_after_other_ends(ending: str, tmp_path: Path, claim: T
     with audit(tmp_path) as audited:
         audited.speak("ended")
         ENDINGS[ending](audited)
-        worker, jobs = audited.worker, audited.traces.platform.jobs
-        until(
-            lambda: (
-                not worker.processes()
-                or all(job.status.final for job in jobs.values())
-                # Without memory a worker lives on, and takes no more jobs.
-                or "MemoryError" in worker.log
-            ),
-            90,
-            "an end",
-        )
-        audited.traces.look()
-        worker.kill()
+        jobs = audited.traces.platform.jobs
+        until(lambda: not audited.worker.processes(), 90, "all its processes are gone")
         failed = sum(job.status != "COMPLETED" for job in jobs.values())
         claim.detail(f"{ending}, {failed} of {len(jobs)} jobs failed")
         audited.search("ended", claim)

@@ -111,7 +111,6 @@ class Traces:
     def __init__(self, platform: LocalRunpod, worker: RunningWorker, *wires: Wire) -> None:
         self.worker = worker
         self.shown: dict[str, bytes] = {}
-        self.core_limits: set[str] = set()
         self.platform = platform
         self._wires = wires
 
@@ -122,10 +121,6 @@ class Traces:
             for name in ("cmdline", "environ", "comm"):
                 with contextlib.suppress(OSError):
                     self.shown[f"{name} of {process.pid}"] = (folder / name).read_bytes()
-            with contextlib.suppress(OSError):
-                limits = (folder / "limits").read_text()
-                (core,) = (line for line in limits.splitlines() if "core file" in line)
-                self.core_limits.add(" ".join(core.split()[4:6]))
 
     def sources(self) -> dict[str, bytes]:
         """Return everything that came out so far."""

@@ -14,3 +14,5 @@ vars(log_guard)["guard_exceptions"] = lambda: None
 
 if __name__ == "__main__":
     runpy.run_path(str(ROOT / "rp_handler.py"), run_name="__main__")
+elif __name__ == "__mp_main__":
+    log_guard.install_in_child()  # which guards nothing here, but has it die with its parent

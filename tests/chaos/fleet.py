@@ -67,7 +67,7 @@ class Ended:
     memory_left: int
     """Files in shared memory that nobody has any more."""
     jobs_left: int
-    """Jobs that the platform still took for its own, and that its log does not tell the end of.
+    """Jobs that the platform still took for its own, and that it did not answer by its log.
 
     The SDK does not post an end again whose post was reset: that the platform has not heard of it
     is not the worker's fault.
@@ -75,6 +75,12 @@ class Ended:
 
 
 Start = Callable[[str, dict[str, str]], RunningWorker]
+
+
+def answered(log: str, job_id: str) -> bool:
+    """Whether a worker's log tells of the end of a job, and not that it was given up."""
+    ends = [line for line in log.splitlines() if f" worker: job={job_id} " in line]
+    return bool(ends) and " outcome=cancelled" not in ends[-1]
 
 
 @dataclass(eq=False)
@@ -129,7 +135,7 @@ class Fleet:
     async def _bury(self, member: Member) -> None:
         known = self.platform.workers.get(member.name)
         log = member.worker.log
-        jobs = sum(f" worker: job={job_id} " not in log for job_id in known.jobs) if known else 0
+        jobs = sum(not answered(log, job_id) for job_id in known.jobs) if known else 0
         self.platform.lose(member.name)
         del self.members[member.name]
         left = await self._until_gone(member)

@@ -25,7 +25,7 @@ from job_polled import PolledJob
 from tests.chaos.callers import LONG, stream
 from tests.chaos.ledger import Job, Ledger, Verdict
 from tests.chaos.meter import trend
-from tests.chaos.run import Run
+from tests.chaos.run import Run, roll_undrained
 from tests.chaos.stages import ECHO, REAL, Stage
 from tests.claims import Trials
 from tests.workers import ROOT
@@ -159,6 +159,44 @@ async def test_an_engine_that_goes_on_is_found_out(tmp_path: Path, claim: Trials
     (tmp_path / "weak").mkdir()
     claim.trial(bool(await left_running(tmp_path / "weak", Stage(True, WEAK, environment))))
     claim.detail("keeps: still busy")
+
+
+async def dropped(folder: Path, stage: Stage) -> int:
+    """Return the jobs that a worker has left at SIGTERM, beside one that goes on."""
+    async with stage.open(folder) as run:
+        run.concurrency = 8
+        async with run.load():
+            await run.more(8)
+            await roll_undrained(run, random.Random(1))
+        (ended,) = run.fleet.ended
+        return ended.jobs_left
+
+
+@oracle
+@pytest.mark.parametrize(
+    "stage",
+    [
+        ECHO,
+        pytest.param(
+            REAL,
+            marks=[
+                pytest.mark.engine,
+                pytest.mark.skipif(not Trials.full, reason="starts six engines: make chaos"),
+            ],
+        ),
+    ],
+    ids=["echo", "engine"],
+)
+async def test_a_worker_that_drops_its_jobs_is_found_out(
+    tmp_path: Path, stage: Stage, claim: Trials
+) -> None:
+    (tmp_path / "sound").mkdir()
+    assert not await dropped(tmp_path / "sound", stage)
+    environment = {"WEAK_PROGRAM": str(stage.program), "WEAKNESS": "drops"}
+    (tmp_path / "weak").mkdir()
+    left = await dropped(tmp_path / "weak", Stage(stage.engine, WEAK, environment))
+    claim.trial(left > 0)
+    claim.detail(f"drops: {left} jobs")
 
 
 @oracle

@@ -3,7 +3,8 @@
 `WEAK_PROGRAM` is the worker's file, `WEAKNESS` one of
 
 - `forgets`: now and then a piece of an answer is left out before it is sealed;
-- `keeps`: what was cancelled goes on in the engine.
+- `keeps`: what was cancelled goes on in the engine;
+- `drops`: on SIGTERM it gives up its jobs.
 """
 
 import os
@@ -44,9 +45,23 @@ def keep() -> None:
     AsyncLLM.abort = nothing  # type: ignore[method-assign]
 
 
+def drop() -> None:
+    """End as the SDK's own loop might, without a thought for what is running."""
+    from job_loop import JobLoop
+
+    told_to_stop = JobLoop.kill_worker
+
+    def kill_worker(self: JobLoop) -> None:
+        told_to_stop(self)
+        for task in self.jobs_tasks.values():
+            task.cancel()
+
+    JobLoop.kill_worker = kill_worker
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(PROGRAM).parent))
-    {"forgets": forget, "keeps": keep}[os.environ["WEAKNESS"]]()
+    {"forgets": forget, "keeps": keep, "drops": drop}[os.environ["WEAKNESS"]]()
     sys.argv = [PROGRAM]
     runpy.run_path(PROGRAM, run_name="__main__")
 elif __name__ == "__mp_main__":

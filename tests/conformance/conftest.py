@@ -23,8 +23,5 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         TOOL_STRICT_LEVEL="parameter",
         STRUCTURED_OUTPUTS_CONFIG='{"backend":"xgrammar","disable_any_whitespace":true}',
         MAX_NUM_SEQS="64",
-        # Bound to one core and always busy there, the engine may keep that core's share of what
-        # travels on loopback waiting for seconds.
-        VLLM_CPU_OMP_THREADS_BIND="nobind",
     ) as stage:
         yield stage
