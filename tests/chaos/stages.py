@@ -28,11 +28,16 @@ SEED = int(os.environ.get("CHAOS_SEED", "1"))
 SETTLE_S = 100.0
 """Longer than what the platform gives a job whose last word it has lost."""
 
+BATCHED_TOKENS = 128
+
 ENGINE = {
     "MODELS": str(ROOT / "models" / "tiny-talker"),
     # In bfloat16 tokens are equally likely far too often for one text to be the right one.
     "DTYPE": "float32",
     "MAX_NUM_SEQS": "24",
+    # For each number of tokens in a step, vLLM's CPU engine keeps what it has compiled of every
+    # layer, 128 numbers at most: 1.6 MiB each with this model.
+    "MAX_NUM_BATCHED_TOKENS": str(BATCHED_TOKENS),
     # Two engines with two threads each would wait for each other's on a small machine.
     "OMP_NUM_THREADS": "1",
     # So little that every block of it has been used before the run begins, and counts from then.

@@ -6,6 +6,7 @@ the workers are left alone, since one that has ended leaks no more.
 
 import asyncio
 import os
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,12 +19,15 @@ from tests.chaos import meter, storm
 from tests.chaos.ledger import Ledger
 from tests.chaos.meter import trend
 from tests.chaos.run import Run
-from tests.chaos.stages import REAL, SEED
+from tests.chaos.stages import BATCHED_TOKENS, REAL, SEED
 from tests.claims import Trials
 
 SOAK_S = float(os.environ.get("SOAK_S", "1200"))
 SAMPLES = 240
 CONCURRENCY = 8
+FILLINGS = 3
+"""Which worker takes a request is chance."""
+
 MEMORY = 0.02
 PER_JOB = 0.01
 
@@ -66,8 +70,11 @@ async def steady(folder: Path) -> Soak:
     """Return what was measured in `SOAK_S`, after a tenth of it to warm up."""
     async with REAL.open(folder) as run:
         run.concurrency = CONCURRENCY
-        storm.raise_storm(run.platform.faults, SEED)
         soak = Soak(run.ledger)
+        began_s = time.monotonic()
+        await fill_caches(run)
+        print(f"  caches filled in {time.monotonic() - began_s:.0f} s")
+        storm.raise_storm(run.platform.faults, SEED)
         async with run.load(cancels_every_s=2):
             await asyncio.sleep(SOAK_S / 10)
             began_s, first = time.monotonic(), run.finished
@@ -79,6 +86,19 @@ async def steady(folder: Path) -> Soak:
         assert not run.fleet.ended, run.fleet.ended
         print(f"  {run.ledger.summary()}")
         return soak
+
+
+async def fill_caches(run: Run) -> None:
+    """Have each worker take steps of nearly every size, for which its engine grows only once."""
+    dice = random.Random(SEED)
+
+    async def fill() -> None:
+        for count in dice.sample(range(1, BATCHED_TOKENS + 1), BATCHED_TOKENS):
+            prompt = dice.choices(range(100, 10_000), k=count)
+            await run.callers.polled.complete(prompt, max_tokens=1)
+
+    for _ in range(FILLINGS):
+        await asyncio.gather(*(fill() for _ in run.fleet.members))
 
 
 @pytest.mark.claim(
