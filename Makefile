@@ -30,7 +30,7 @@ test: model clients lint ## run every test, those on the real engine included (A
 	@# Where there is no browser or no Redis to be had, the tests that need one say so.
 	@tools/setup_browser.sh >/dev/null || true
 	@tools/setup_redis.sh >/dev/null || true
-	@# One process has nearly all tests on the engine, which keep a core busy, the other the rest.
+	@# One process has the tests on the engine, which keep a core busy, the other all the rest.
 	@$(PY) -m pytest -n 2 --dist loadscope $(ARGS)
 
 run: model ## start the local RunPod with one worker of the demo model (or of MODELS=)

@@ -20,27 +20,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-BESIDE = {
-    "tests/chaos/test_oracle.py",
-    "tests/test_compile_start.py",
-    "tests/test_demo.py",
-    "tests/test_docs.py",
-    "tests/test_worker_swap.py",
-}
-"""Files with engines of their own, in processes of their own, that may take their time."""
+class OneEngineAtATime(LoadScopeScheduling):  # type: ignore[misc]
+    """Where two processes share the tests, one has all files with engines, the other all the rest.
 
-
-class TwoHalves(LoadScopeScheduling):  # type: ignore[misc]
-    """Where two processes share the tests, one has nearly all files with engines.
-
-    Two engines that compute at a time are slower than one after the other, and some tests measure
-    times. The other has all the rest, and then `BESIDE`: an engine that starts leaves a core idle
-    for much of its time. (By marks, xdist 3.8 cannot part tests with pytest 9.2.)
+    Two engines at a time would be slower than one after the other. (By marks, xdist 3.8 cannot part
+    tests with pytest 9.2.)
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
-        return "engine" if file not in BESIDE and _needs_engine(file) else file
+        return "engine" if _needs_engine(file) else file
 
 
 @functools.cache
@@ -49,9 +38,9 @@ def _needs_engine(file: str) -> bool:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoHalves:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneEngineAtATime:
     """Tell xdist how to share the tests."""
-    return TwoHalves(config, log)
+    return OneEngineAtATime(config, log)
 
 
 @pytest.fixture(autouse=True)
