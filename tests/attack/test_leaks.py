@@ -210,7 +210,7 @@ def starve_engine(audited: Audited) -> None:
 def starve_worker(audited: Audited) -> None:
     """Have the worker need memory when there is none."""
     starve(audited.worker.process.pid)
-    ask_for_much(audited, words=80_000, times=3)
+    ask_for_much(audited, words=3_000_000, times=8)
 
 
 def ask_for_much(audited: Audited, *, words: int, times: int) -> None:
