@@ -1,20 +1,19 @@
-"""The command `python client.py`: which function serves which word, signals and exit codes.
+"""The command `python client.py`: which function serves which word, and exit codes.
 
-The arguments are in `commands_parser`, what is printed where in `commands_screen`, the
-commands that ask and wait in `commands_ask`, those of submitted jobs in `commands_jobs`, the
-check list of `doctor` in `doctor`.
+The arguments are in `commands_parser`, what is printed where in `commands_screen`, how it is
+interrupted in `commands_interrupts`, the commands that ask and wait in `commands_ask`, those of
+submitted jobs in `commands_jobs`, the check list of `doctor` in `doctor`.
 """
 
 import argparse
-import asyncio
 import difflib
 import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any, TextIO
 
 import commands_ask
+import commands_interrupts
 import commands_jobs
 import hpke
 from client import AsyncClient
@@ -83,9 +82,13 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser, screen: Scre
         case "chat":
             return commands_ask.chat(args, screen)
         case "ask":
-            return asyncio.run(commands_ask.ask(args, read_prompt(args, parser), screen))
+            return commands_interrupts.run(
+                commands_ask.ask(args, read_prompt(args, parser), screen)
+            )
         case "request":
-            return asyncio.run(commands_ask.request(args, read_body(args, parser), screen))
+            return commands_interrupts.run(
+                commands_ask.request(args, read_body(args, parser), screen)
+            )
         case "submit":
             return commands_jobs.submit(args, parser, screen)
         case "result":
@@ -97,11 +100,13 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser, screen: Scre
         case "serve":
             return _serve(args)
         case "health":
-            return asyncio.run(_plain(args, lambda client: client.health(), screen))
+            return commands_interrupts.run(_plain(args, lambda client: client.health(), screen))
         case "status":
-            return asyncio.run(commands_jobs.status(args, screen))
+            return commands_interrupts.run(commands_jobs.status(args, screen))
         case _:
-            return asyncio.run(_plain(args, lambda client: client.cancel(args.job_id), screen))
+            return commands_interrupts.run(
+                _plain(args, lambda client: client.cancel(args.job_id), screen)
+            )
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -133,7 +138,7 @@ def _doctor(args: argparse.Namespace, screen: Screen) -> int:
         show=show,
         on_progress=screen.progress,
     )
-    return asyncio.run(work)
+    return commands_interrupts.run(work)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,9 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = ["ask", *arguments]
     for stream in (sys.stdout, sys.stderr):
         _tolerate(stream)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes it
-            signal.signal(number, _interrupt)
+    commands_interrupts.listen()
     args = parser.parse_args(arguments)
     screen = Screen(verbose=getattr(args, "verbose", False))
     try:
@@ -166,13 +169,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SealedError as error:
         screen.note(f"error: {error}")
         return error.exit_code
-
-
-def _interrupt(*_: object) -> None:
-    """Whoever ends this process wants the job ended too: the same way as Ctrl-C."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell makes it in the background
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.raise_signal(signal.SIGINT)
 
 
 def _check_misspelt(

@@ -10,6 +10,7 @@ import contextlib
 import sys
 from typing import Any
 
+import commands_interrupts
 from client import Answer, AsyncClient, AsyncStream, Response
 from commands_parser import read_method, read_sampling, read_settings
 from commands_screen import Screen
@@ -142,7 +143,9 @@ def chat(args: argparse.Namespace, screen: Screen) -> int:
                         continue
                 turn = [*history, {"role": "user", "content": line}]
                 try:
-                    answer = runner.run(_converse(client, args, turn, screen, whole=args.no_stream))
+                    answer = commands_interrupts.run_in(
+                        runner, _converse(client, args, turn, screen, whole=args.no_stream)
+                    )
                 except KeyboardInterrupt:
                     screen.end_text()
                     screen.note("stopped; the job was cancelled")

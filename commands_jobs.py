@@ -4,12 +4,12 @@ Owns what becomes of a record: it is removed once its answer was shown, never be
 """
 
 import argparse
-import asyncio
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 import client_config
+import commands_interrupts
 from client import Answer, AsyncClient, Response
 from commands_ask import generation, print_answer, usage_line
 from commands_parser import (
@@ -34,7 +34,7 @@ def submit(args: argparse.Namespace, parser: argparse.ArgumentParser, screen: Sc
         parser.error("a --route takes a --body, no prompt and no options of one")
     else:
         work = _submit(args, screen, "", read_body(args, parser))
-    return asyncio.run(work)
+    return commands_interrupts.run(work)
 
 
 async def _submit(args: argparse.Namespace, screen: Screen, prompt: str, body: Any) -> int:
@@ -57,7 +57,7 @@ async def _submit(args: argparse.Namespace, screen: Screen, prompt: str, body: A
 def result(args: argparse.Namespace, screen: Screen) -> int:
     """Print the answer of a submitted job."""
     try:
-        return asyncio.run(_result(args, screen))
+        return commands_interrupts.run(_result(args, screen))
     except KeyboardInterrupt:
         screen.note(f"interrupted; the job goes on, `result {args.job_id}` asks again")
         return INTERRUPTED_CODE

@@ -103,6 +103,7 @@ GROUPS = {
         "commands_ask",
         "commands_jobs",
         "commands_screen",
+        "commands_interrupts",
         "doctor",
         "streams",
         "answers",
