@@ -26,6 +26,9 @@ TAKE_GRACE_S = 2.0
 FAILURE_GRACE_S = 5.0
 """After a failure: how long running jobs may take to tell their clients."""
 
+END_S = 30
+"""After a failure: how long the whole way out may take, before the kernel ends the process."""
+
 HEALTH_INTERVAL_S = 0.25
 
 FIRST_PAUSE_S = 0.25
@@ -169,4 +172,6 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
 
     def _fail(self) -> None:
         self.failed = True
+        # Without memory nothing else can be relied on to come to its end.
+        signal.alarm(END_S)
         self.kill_worker()

@@ -64,6 +64,7 @@ async def lifespan() -> AsyncIterator[None]:
         raise ConfigError(["told to fail"])
     note("started")
     yield
+    await released("hold-end")
     note("stopped")
 
 

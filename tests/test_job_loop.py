@@ -293,6 +293,18 @@ def test_without_memory_for_a_job_the_worker_ends(
         assert worker.process.wait(30) == 3
 
 
+def test_a_worker_that_has_failed_ends_even_if_its_way_out_does_not(
+    platform: LocalRunpod, caller: Caller, tmp_path: Path
+) -> None:
+    with LoopWorker(platform, tmp_path) as worker:
+        worker.ready()
+        worker.tell("hold-end")
+        starve(worker.process.pid)
+        caller.submit({"prompt": "x" * 5_000_000})
+        assert worker.process.wait(60) == -signal.SIGALRM
+        assert "stopped" not in worker.notes
+
+
 class TestTheSdksOwnLoop:
     """What job_loop mends is broken there: these tests would pass vacuously if it were not."""
 
