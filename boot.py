@@ -99,8 +99,8 @@ def boot(environ: Mapping[str, str], failed_starts: FailedStarts) -> Booted:
     prepare_hub(environment(), early)
     preparation = _prepare(early, readiness)
     local = _local_folder(environ, early)
-    fit = FitSettings.read(early.engine_options, early.gpu_memory_utilization)
-    if fit.enforce_eager and compile_key.on_cpu():
+    needs = FitSettings.read(early.engine_options, early.gpu_memory_utilization)
+    if needs.enforce_eager and compile_key.on_cpu():
         prepare_eager(environment())
     with tempfile.NamedTemporaryFile(prefix="sealed-vllm-start-") as phases:
         environment()[engine_phases.VARIABLE] = phases.name

@@ -200,7 +200,8 @@ def test_one_that_slept_through_a_takeover_notices(volume: Path, hub: Hub) -> No
         os.killpg(sleeper.pid, signal.SIGCONT)
         assert workers.codes() == [0] * 3
         assert "another worker has taken over" in workers.log(workers.processes.index(sleeper))
-    # Between the end of a file and its renaming nobody can tell whose it is: it grows old.
+    # Between the end of a file and its renaming nobody can tell whose it is: it grows old, by a
+    # clock that may be ahead of ours.
     remove_orphans(volume / "models--org--tiny", time.time() + 1, 0, LOG)
     assert_whole(volume)
     assert max(fetched(hub).values()) <= 2
