@@ -182,6 +182,7 @@ def _prepare(settings: Settings, readiness: Readiness) -> Preparation:
             worker=settings.worker_id,
             options=settings.engine_options,
             gpu_memory_utilization=settings.gpu_memory_utilization,
+            may_swap=settings.model_swap,
         ),
         readiness,
     )

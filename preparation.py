@@ -1,10 +1,10 @@
 """Makes the models ready in a process of its own, while this one imports vLLM.
 
 Imported, this file is the worker's side: it starts the child, passes on what that tells the log,
-and waits for the models. Run as a script, it is the child: `utils.resolve` for every model, for the
-first one also whether it fits, then the page cache. Importing vLLM takes seconds in which disk and
-network would do nothing; a process, because a thread would share the interpreter with the import
-and could not be ended.
+and waits for the models. Run as a script, it is the child: `utils.resolve` for every model, for
+those that may be loaded also whether they fit, for the first one then the page cache. Importing
+vLLM takes seconds in which disk and network would do nothing; a process, because a thread would
+share the interpreter with the import and could not be ended.
 
 Knows nothing of vLLM, and of settings only what it is given. What the child needs, the Hub's token
 among it, comes on its standard input; its messages are lines of JSON on its standard output.
@@ -58,6 +58,8 @@ class Job:
     worker: str = ""
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gpu_memory_utilization: float = 1.0
+    may_swap: bool = False
+    """Whether the models after the first may be loaded too, in its place."""
 
 
 class Preparation:
@@ -151,7 +153,8 @@ def _prepare(job: Mapping[str, Any], channel: _Channel) -> None:
     told.addHandler(channel)
     told.setLevel(logging.INFO)
     told.propagate = False
-    base, fit, memory = None, None, None
+    base, fit = None, None
+    memory = machine_memory.here()
     for number, model in enumerate(job["models"]):
         try:
             snapshot = utils.resolve(
@@ -166,10 +169,9 @@ def _prepare(job: Mapping[str, Any], channel: _Channel) -> None:
                 log=told,
                 timed=channel.timed,
             )
-            if base is None and not engine_adapters.is_adapter(snapshot.path):
-                base = snapshot
-                memory = machine_memory.here()
-                fit = model_fit.check(
+            loadable = base is None or job["may_swap"]
+            if loadable and not engine_adapters.is_adapter(snapshot.path):
+                found = model_fit.check(
                     snapshot.path,
                     snapshot.name,
                     job["options"],
@@ -177,6 +179,8 @@ def _prepare(job: Mapping[str, Any], channel: _Channel) -> None:
                     told,
                     memory,
                 )
+                if base is None:
+                    base, fit = snapshot, found
         except ModelError as error:
             channel.say(error=type(error).__name__, message=str(error))
             return

@@ -22,9 +22,16 @@ def model(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def prepared(model: Path, *more: Path, **options: str) -> tuple[Preparation, Readiness]:
+def prepared(
+    model: Path, *more: Path, may_swap: bool = False, **options: str
+) -> tuple[Preparation, Readiness]:
     readiness = Readiness()
-    job = Job([str(model), *map(str, more)], hub_cache=str(model / "none"), options=options)
+    job = Job(
+        [str(model), *map(str, more)],
+        hub_cache=str(model / "none"),
+        options=options,
+        may_swap=may_swap,
+    )
     return Preparation(job, readiness), readiness
 
 
@@ -49,6 +56,26 @@ def test_a_model_that_cannot_fit_ends_the_start_before_the_engine(model: Path) -
         preparation.snapshots()
     preparation.finish()
     assert "prefetch" not in {phase.name for phase in readiness.phases}
+
+
+def test_another_model_has_to_fit_where_it_may_be_loaded(
+    model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    larger = tmp_path_factory.mktemp("larger")
+    for file in model.iterdir():
+        (larger / file.name).write_bytes(file.read_bytes())
+    config = json.loads((larger / "config.json").read_text())
+    config["num_hidden_layers"] *= 100
+    (larger / "config.json").write_text(json.dumps(config))
+    # Enough for one sequence of the first.
+    options = {"MAX_MODEL_LEN": "4k", "KV_CACHE_MEMORY_BYTES": "100000000"}
+    preparation, _ = prepared(model, larger, **options)
+    assert len(preparation.snapshots()) == 2
+    preparation.finish()
+    preparation, _ = prepared(model, larger, may_swap=True, **options)
+    with pytest.raises(ModelTooLarge, match=f"^{larger.name} cannot fit: it needs"):
+        preparation.snapshots()
+    preparation.finish()
 
 
 def test_an_adapter_that_stands_first_is_not_taken_for_the_model(
