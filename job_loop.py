@@ -3,9 +3,10 @@
 `runpod` 1.12 has no hook that runs inside its event loop before the first job,
 looks for taken jobs ten times a second, loses a job that arrives after SIGTERM,
 runs a job twice that is delivered twice, asks without a pause for jobs where
-nobody listens, and stays without memory for any. `JobLoop` is its `JobScaler` with
-these six mended; taking, posting, cancelling and pinging stay the SDK's. Knows
-nothing of engines or of encryption.
+nobody listens, stays without memory for any, and drops what it posts when the
+connection breaks, an answer's end too. `JobLoop` is its `JobScaler` with these
+mended, and `run` has it post again; taking, posting, cancelling and pinging stay the
+SDK's. Knows nothing of engines or of encryption.
 """
 
 import asyncio
@@ -17,8 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import runpod
+from aiohttp import ClientConnectionError
+from aiohttp_retry import ExponentialRetry
 from runpod.http_client import AsyncClientSession, TooManyRequests
-from runpod.serverless.modules import rp_fitness, rp_job, rp_scale
+from runpod.serverless.modules import rp_fitness, rp_http, rp_job, rp_scale
 
 TAKE_GRACE_S = 2.0
 """After SIGTERM: how long the poll for jobs may still deliver one, before it is given up."""
@@ -34,6 +37,9 @@ HEALTH_INTERVAL_S = 0.25
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 8.0
 """Between two polls that failed: the pause doubles from the first to the longest."""
+
+POSTS = 6
+"""How often a chunk or a result is posted at most, within eight seconds and what the posts take."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,22 @@ def run(worker: Worker) -> bool:
     for check in worker.fitness:
         runpod.serverless.register_fitness_check(check)
     rp_scale.JobScaler = job_scaler
+    rp_http.FibonacciRetry = _posted_again
     runpod.serverless.start({"handler": worker.handler, "return_aggregate_stream": True})
     return any(loop.failed for loop in loops)
+
+
+def _posted_again(**_: Any) -> ExponentialRetry:
+    """Return when what failed is posted again; the SDK's own rule is: after a 5xx, twice.
+
+    Whether what was posted before a connection broke has arrived cannot be known: the chunk may
+    stand twice in the stream, as after a 5xx.
+    """
+    return ExponentialRetry(
+        attempts=POSTS,
+        start_timeout=FIRST_PAUSE_S / 2,  # which it doubles once before it is used
+        exceptions={ClientConnectionError},
+    )
 
 
 class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]

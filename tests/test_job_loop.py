@@ -17,7 +17,7 @@ from typing import Any, Self
 import pytest
 
 from local_runpod import LocalRunpod
-from local_runpod_queue import Status
+from local_runpod_queue import Job, Status
 from tests.wait import until
 from tests.workers import Caller, starve
 
@@ -283,6 +283,33 @@ def test_a_platform_that_fails_is_asked_ever_less_often(
     assert outputs == ["first", "last"]
 
 
+def broken_posts(
+    platform: LocalRunpod, caller: Caller, folder: Path, loop: str, operation: str, when: str
+) -> Job:
+    """Break the connection of one post of a job, and return the job when its worker has ended."""
+    with LoopWorker(platform, folder, loop=loop) as worker:
+        worker.ready()
+        fault = platform.faults.add(operation, reset=True, when=when, nth=1)
+        job = caller.submit({})
+        worker.noted(f"ended {job}")
+        until(lambda: fault.hits, 10, "the connection broke")
+        worker.terminate()
+        assert worker.process.wait(60) == 0
+    return platform.jobs[job]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("operation", ["job-stream", "job-done"])
+def test_what_was_posted_when_the_connection_broke_is_posted_again(
+    platform: LocalRunpod, caller: Caller, tmp_path: Path, operation: str, when: str
+) -> None:
+    job = broken_posts(platform, caller, tmp_path, "mended", operation, when)
+    assert job.status is Status.COMPLETED
+    doubled = operation == "job-stream" and when == "after"
+    assert caller.outputs(job.id) == ["first", "first", "last"][not doubled :]
+    assert caller.status(job.id)["output"] == ["first", "last"]
+
+
 def test_without_memory_for_a_job_the_worker_ends(
     platform: LocalRunpod, caller: Caller, tmp_path: Path
 ) -> None:
@@ -320,6 +347,18 @@ class TestTheSdksOwnLoop:
     ) -> None:
         failed, _ = polls_that_failed(platform, caller, tmp_path, "sdk")
         assert failed > 50
+
+    def test_what_was_posted_when_the_connection_broke_is_lost(
+        self, platform: LocalRunpod, caller: Caller, tmp_path: Path
+    ) -> None:
+        job = broken_posts(platform, caller, tmp_path, "sdk", "job-stream", "before")
+        assert job.chunks_received == 1
+
+    def test_a_job_whose_end_was_posted_when_the_connection_broke_has_none(
+        self, platform: LocalRunpod, caller: Caller, tmp_path: Path
+    ) -> None:
+        job = broken_posts(platform, caller, tmp_path, "sdk", "job-done", "before")
+        assert job.status is Status.IN_PROGRESS
 
     def test_a_job_delivered_twice_runs_twice(
         self, platform: LocalRunpod, caller: Caller, tmp_path: Path

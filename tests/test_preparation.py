@@ -67,12 +67,13 @@ def test_another_model_has_to_fit_where_it_may_be_loaded(
     config = json.loads((larger / "config.json").read_text())
     config["num_hidden_layers"] *= 100
     (larger / "config.json").write_text(json.dumps(config))
-    # Enough for one sequence of the first.
-    options = {"MAX_MODEL_LEN": "4k", "KV_CACHE_MEMORY_BYTES": "100000000"}
-    preparation, _ = prepared(model, larger, **options)
+    memory = "100000000"  # enough for one sequence of the first
+    preparation, _ = prepared(model, larger, MAX_MODEL_LEN="4k", KV_CACHE_MEMORY_BYTES=memory)
     assert len(preparation.snapshots()) == 2
     preparation.finish()
-    preparation, _ = prepared(model, larger, may_swap=True, **options)
+    preparation, _ = prepared(
+        model, larger, may_swap=True, MAX_MODEL_LEN="4k", KV_CACHE_MEMORY_BYTES=memory
+    )
     with pytest.raises(ModelTooLarge, match=f"^{larger.name} cannot fit: it needs"):
         preparation.snapshots()
     preparation.finish()

@@ -10,8 +10,8 @@ from typing import Any
 from local_runpod_faults import Fault, Faults
 
 FAULTS: tuple[tuple[float, str, dict[str, Any]], ...] = (
-    # The worker's posts. The SDK drops a chunk whose post is reset or refused, and sends one
-    # again that was answered 5xx, received or not.
+    # The worker's posts. A chunk is dropped whose post is refused, and sent again when the
+    # connection broke or the answer was 5xx, received or not.
     (0.010, "job-stream", {"reset": True}),
     (0.010, "job-stream", {"reset": True, "when": "after"}),
     (0.010, "job-stream", {"status": 404}),
@@ -21,6 +21,8 @@ FAULTS: tuple[tuple[float, str, dict[str, Any]], ...] = (
     (0.020, "job-stream", {"duplicate": 1}),
     (0.020, "job-stream", {"reorder": True}),
     (0.010, "job-stream", {"drop": True}),
+    (0.020, "job-done", {"reset": True}),
+    (0.010, "job-done", {"reset": True, "when": "after"}),
     (0.020, "job-done", {"status": 500}),
     (0.020, "job-done", {"status": 502, "when": "after"}),
     (0.030, "job-done", {"delay_s": 1.0}),
