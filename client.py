@@ -26,7 +26,12 @@ vLLM's sampling parameters (SPEC section 8.1). An option that is None is not giv
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Literal, Self, TypeVar, overload
 
-import httpx2
+try:
+    import httpx2
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    raise SystemExit(f"error: {error.name} is not installed; run: pip install .") from None
 
 import client_config
 from answers import Answer, Choice, Delta, Progress, Response, ResponseBuilder

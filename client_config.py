@@ -6,6 +6,7 @@ environment on the client's side. Knows nothing of what a key looks like inside
 (keys.py) or of endpoints.
 """
 
+import difflib
 import ipaddress
 import os
 import re
@@ -117,6 +118,7 @@ class ClientSettings:
     @classmethod
     def read(cls, reader: "Reader", *, with_key: bool = True) -> Self:
         """Read the settings; faults stay with the reader."""
+        reader.check_names("CLIENT_", [setting.name for setting in SETTINGS])
         return cls(
             endpoint_id=reader.endpoint_id(),
             api_key=reader.secret("RUNPOD_API_KEY", required=True),
@@ -229,6 +231,13 @@ class Reader:
                 "(python client.py keygen --public-of prints it)"
             )
         return self.text(name)
+
+    def check_names(self, prefix: str, names: Sequence[str]) -> None:
+        """Find settings that are nearly named; other programs' may begin like them."""
+        for name in self._environ:
+            if name.startswith(prefix) and name not in names:
+                for meant in difflib.get_close_matches(name, names, n=1, cutoff=0.88):
+                    self.faults.append(f"{name} is no setting; is {meant} meant?")
 
     def endpoint_id(self) -> str:
         """Return the endpoint's id."""

@@ -116,7 +116,7 @@ def _serve(args: argparse.Namespace) -> int:
         import gateway_config
     except ModuleNotFoundError as error:
         raise ConfigError(
-            [f"{error.name} is not installed; run: pip install 'sealed-vllm[gateway]'"]
+            [f"{error.name} is not installed; run in the clone: pip install '.[gateway]'"]
         ) from None
     given = {**overrides(args), "GATEWAY_HOST": args.host, "GATEWAY_PORT": args.port}
     return gateway.run(gateway_config.load(given))
@@ -175,12 +175,11 @@ def _check_misspelt(
     arguments: Sequence[str], names: Collection[str], parser: argparse.ArgumentParser
 ) -> None:
     # A prompt of one word that is nearly a command is more likely a slip, and a prompt costs money.
-    if len(arguments) == 1 and (
-        meant := difflib.get_close_matches(arguments[0], names, n=1, cutoff=0.75)
-    ):
+    word, *more = arguments or [""]
+    alone = not more or more[0].startswith("-")
+    if alone and (meant := difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.75)):
         parser.error(
-            f"{arguments[0]!r} is no command; is {meant[0]!r} meant? "
-            "As a prompt it goes after the word ask"
+            f"{word!r} is no command; is {meant[0]!r} meant? As a prompt it goes after the word ask"
         )
 
 

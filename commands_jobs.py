@@ -112,6 +112,8 @@ def jobs(args: argparse.Namespace, screen: Screen) -> int:
         for job, row in zip(found, rows, strict=True):
             at = datetime.fromtimestamp(job.issued_at).strftime("%Y-%m-%d %H:%M:%S")
             screen.text(f"{job.id or '(no id)'}  {job.endpoint_id}  {at}  {row['record']}\n")
+        if not rows and not faults:
+            screen.note(f"no submitted job waits in {records.folder}")
     for fault in faults:
         screen.note(f"error: {fault}")
     return RecordError.exit_code if faults else 0

@@ -46,14 +46,19 @@ def exit_codes() -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):  # argparse's own words
+            message += "; put a prompt of several words in quotes"
         self.print_usage(sys.stderr)
         self.exit(USAGE_CODE, f"{self.prog}: {printable(message)}\n")
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < 10**9:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
     return value
 
 

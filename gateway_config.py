@@ -4,7 +4,6 @@ Owns names, defaults and checks of what only the gateway needs; the client's own
 settings are `client_config`'s, through which everything is read.
 """
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -160,12 +159,11 @@ def _whole(reader: Reader, name: str, default: int, low: int, high: int) -> int:
 
 
 def _check_names(reader: Reader, environ: Mapping[str, str]) -> None:
-    # A misspelt GATEWAY_KEY would leave the gateway open. Other programs' names may be there too.
-    names = [setting.name for setting in SETTINGS]
-    for name in environ:
-        if name.startswith("GATEWAY_") and name not in names:
-            for meant in difflib.get_close_matches(name, names, n=1, cutoff=0.88):
-                reader.faults.append(f"{name} is no setting; is {meant} meant?")
+    reader.check_names("GATEWAY_", [setting.name for setting in SETTINGS])
+    # Each would leave the gateway open whose owner has set it.
+    for name in ("GATEWAY_API_KEY", "GATEWAY_TOKEN"):
+        if name in environ:
+            reader.faults.append(f"{name} is no setting; is GATEWAY_KEY meant?")
 
 
 def _token(reader: Reader, name: str) -> str:

@@ -228,7 +228,7 @@ def _nothing_of(model: str, hub_cache: Path) -> ModelNotFound:
             f"there is nothing of {model} here, neither a folder nor a model in {hub_cache}; most "
             "models of the Hub are written org/name"
         )
-    return ModelNotFound(f"there is nothing of {model} here; fetch it first")
+    return ModelNotFound(f"there is nothing of {model} in {hub_cache}; fetch it first")
 
 
 def repair(

@@ -13,7 +13,6 @@ tools/assurance.py keeps them. `ASSURANCE=full` tries as often as `make attack`.
 
 import os
 from collections.abc import Generator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +123,7 @@ class _Collector:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for name, value in report.user_properties:
             if name == "claim" and isinstance(value, dict):
-                date, machine = assurance.today(), assurance.machine()
-                self._found.append(replace(Claim(**value), date=date, machine=machine))
+                self._found.append(Claim(**value))
 
     def pytest_sessionfinish(self) -> None:
         path = self._config.getoption("--claims")

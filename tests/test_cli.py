@@ -120,13 +120,35 @@ def test_health_status_cancel(echo: Echo) -> None:
     assert (unknown.code, unknown.out) == (13, "")
 
 
-def test_a_slip_is_no_prompt(echo: Echo) -> None:
+@pytest.mark.parametrize("args", [["serv"], ["serv", "--port", "1"], ["SERVE"]])
+def test_a_slip_is_no_prompt(echo: Echo, args: list[str]) -> None:
     before = len(echo.platform.jobs)
-    slip = run(echo.environ, "serv")
+    slip = run(echo.environ, *args)
     assert (slip.code, slip.out) == (2, "")
     assert "'serve' meant" in slip.err
     assert len(echo.platform.jobs) == before
-    assert run(echo.environ, "ask", "serv").out == "serv\n"
+    assert run(echo.environ, "ask", args[0]).out == f"{args[0]}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["what", "is", "this"], "put a prompt of several words in quotes"),
+        (["--timeout", "soon", "x"], "soon is not a positive number of seconds"),
+    ],
+)
+def test_what_was_typed_wrong_is_told(args: list[str], told: str) -> None:
+    done = run({}, *args)
+    assert done.code == 2
+    assert told in done.err
+
+
+def test_a_setting_that_is_nearly_named_is_told(echo: Echo) -> None:
+    environ = {**echo.environ, "CLIENT_TIMEOUT": "1", "CLIENT_ID": "another program's"}
+    done = run(environ, "x")
+    assert done.code == 3
+    assert "CLIENT_TIMEOUT is no setting; is CLIENT_TIMEOUT_S meant?" in done.err
+    assert "CLIENT_ID" not in done.err
 
 
 def test_keygen() -> None:

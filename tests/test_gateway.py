@@ -616,6 +616,8 @@ class TestSettings:
         ("settings", "told"),
         [
             ({"GATEWAY_KEYS": "x"}, "is GATEWAY_KEY meant"),
+            ({"GATEWAY_API_KEY": "x"}, "is GATEWAY_KEY meant"),
+            ({"GATEWAY_TOKEN": "x"}, "is GATEWAY_KEY meant"),
             ({"GATEWAY_KEY": "a b"}, "GATEWAY_KEY holds blanks"),
             ({"GATEWAY_KEY": "same", "GATEWAY_ADMIN_TOKEN": "same"}, "are the same"),
             ({"GATEWAY_ALLOWED_HOSTS": "https://a.example/"}, "https://a.example/ is not a host"),

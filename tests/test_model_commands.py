@@ -260,7 +260,7 @@ def test_an_interrupted_fetch_gives_its_lease_back(volume: Volume, hub: Hub) -> 
         (("report", "--last", "0"), {}, 2, "'0' is not a number from 1"),
         (("fetch", "org/gated"), {}, 1, "accept its licence"),
         (("fetch", "org/nothing"), {}, 1, "no model org/nothing"),
-        (("verify", "org/tiny"), {}, 1, "nothing of org/tiny here; fetch it first"),
+        (("verify", "org/tiny"), {}, 1, "/hub; fetch it first"),
         (("verify", "nope"), {}, 1, "models of the Hub are written org/name"),
         (("feched",), {}, 2, "invalid choice"),
         ((), {}, 2, "required: COMMAND"),
@@ -286,7 +286,7 @@ def test_what_is_wrong_with_one_model_hides_nothing_of_the_others(volume: Volume
     verified = volume.run("verify", "org/tiny", "org/nothing")
     assert verified.returncode == 4, "damage is the worse of the two"
     assert "org/tiny: 1 damaged" in verified.stdout
-    assert "nothing of org/nothing here" in verified.stderr
+    assert "nothing of org/nothing in " in verified.stderr
 
 
 def test_the_revisions_that_are_here_are_named(volume: Volume, hub: Hub) -> None:

@@ -265,7 +265,8 @@ def test_status_shows_what_is_recorded_and_what_the_platform_says(echo: Echo) ->
 
 def test_jobs_lists_what_was_not_collected(echo: Echo) -> None:
     environ = {"CLIENT_STATE_DIR": str(echo.state)}
-    assert run(environ, "jobs") == Done(0, "", "")
+    assert run(environ, "jobs") == Done(0, "", f"no submitted job waits in {echo.state}\n")
+    assert run(environ, "jobs", "--json").out == "[]\n"
     first, second = submit(echo, "x"), submit(echo, "--route", "/v1/models")
     done = run(environ, "jobs")
     assert done.code == 0 and len(done.out.splitlines()) == 2

@@ -46,6 +46,8 @@ class Claim:
     suite: str = "attack"
     date: str = ""
     machine: str = ""
+    commit: str = ""
+    """The code that was tried, with a + where it had changed since."""
     full: bool = True
     """Whether it was tried as often as the suite does; `make test` tries less."""
 
@@ -173,7 +175,8 @@ def page(claims: Sequence[Claim]) -> str:
 def _rows(claims: Iterable[Claim]) -> list[str]:
     lines = ["| claim | trials | failures | status | tried | figures |", "|" + " --- |" * 6]
     for claim in claims:
-        where = f"{claim.date}, {claim.machine}" if claim.trials else ""
+        tried = (claim.date, claim.machine, f"`{claim.commit}`" if claim.commit else "")
+        where = ", ".join(filter(None, tried)) if claim.trials else ""
         cells = (
             f"`{claim.id}`: {claim.statement}",
             f"{claim.trials:,}",
@@ -204,6 +207,23 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {pages / 2**30:.0f} GiB"
 
 
+def commit() -> str:
+    """Return which code this is, empty where git does not know."""
+
+    def git(*words: str) -> str:
+        ran = subprocess.run(
+            ["git", *words],  # noqa: S607 - the person's own git
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return ran.stdout.strip() if ran.returncode == 0 else ""
+
+    changed = git("status", "--porcelain", "--", ".", ":!docs", ":!*.md")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
 def today() -> str:
     """Return the date, as it is in Greenwich."""
     return datetime.now(UTC).date().isoformat()
@@ -220,6 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     files = {
         file for claim in declared().values() if claim.suite == args.suite for file in claim.files
     }
+    tried = commit()
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "claims.jsonl"
         code = subprocess.run(
@@ -233,9 +254,13 @@ def main(argv: list[str] | None = None) -> int:
             env={**os.environ, "ASSURANCE": "full"},
             check=False,
         ).returncode
-        new = merged(read(results))
+        new = [
+            replace(claim, date=today(), machine=machine(), commit=tried)
+            for claim in merged(read(results))
+        ]
     write(KEPT, kept(read(KEPT), new))
     PAGE.write_text(page(read(KEPT)))
+    subprocess.run([sys.executable, "tools/make_docs.py"], cwd=ROOT, check=True)
     failed = [claim.id for claim in new if claim.failures]
     if failed:
         print(f"failed: {', '.join(failed)}")

@@ -289,11 +289,13 @@ def gpus() -> str:
 
 def promises() -> str:
     """Return the table of what the suites try, from the tests' own marks."""
+    found = {claim.id: claim.status for claim in assurance.read(assurance.KEPT)}
     rows = []
     for id, claim in assurance.declared().items():
         files = ", ".join(f"`{file}`" for file in claim.files)
-        rows.append((claim.statement, f"`{id}`", f"`{claim.command}`", files))
-    return table(("promise", "claim", "tried by", "in"), rows)
+        status = found.get(id, "not run")
+        rows.append((claim.statement, f"`{id}`", f"`{claim.command}`", files, status))
+    return table(("promise", "claim", "tried by", "in", "last time"), rows)
 
 
 README_PARTS: dict[str, Callable[[], str]] = {
