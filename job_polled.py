@@ -55,10 +55,13 @@ class PolledJob(Job):
             self._status = status
 
     async def _read(self) -> list[AnswerEvent]:
+        limit_s = self._next_limit_s()
         try:
-            read = await self._endpoint.stream(self.id, self._next_limit_s())
+            read = await self._endpoint.stream(self.id, limit_s)
         except Unreachable:
             await self._check_limits()
+            if time.monotonic() >= limit_s:
+                return []  # cut short by our own limit, and taken in time
             raise
         self._status = read.status
         chunks = read.chunks
