@@ -185,13 +185,13 @@ class Endpoint:
         """Send until there is an answer; `judged` says which error statuses are one."""
         reply_s = reply_s or REPLY_TIMEOUT_S
         pause_s, paused_s = _FIRST_PAUSE_S, 0.0
+        ends_s = deadline_s or float("inf")
         while True:
-            left_s = (deadline_s or float("inf")) - time.monotonic()
             failure: JobError
             limit_s = patience_s
             wish_s = 0.0
             try:
-                reply = await send(max(0.001, min(reply_s, left_s)))
+                reply = await send(max(0.001, min(reply_s, ends_s - time.monotonic())))
             except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
                 failure = Unreachable(
                     f"no connection to {self._host}: {_reason(error)}; "
@@ -210,7 +210,7 @@ class Endpoint:
                 elif not (repeatable and isinstance(failure, PlatformFault)):
                     raise failure
             pause_s = max(pause_s, wish_s)
-            if paused_s + pause_s > limit_s or pause_s > left_s:
+            if paused_s + pause_s > limit_s or time.monotonic() + pause_s > ends_s:
                 raise failure from None
             await self.transport.sleep(pause_s)
             paused_s += pause_s

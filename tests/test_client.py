@@ -653,6 +653,16 @@ def test_but_not_for_ever(echo: Echo, plain: Client, monkeypatch: pytest.MonkeyP
         plain.chat("x")
 
 
+def test_nothing_is_sent_when_there_is_no_time_left_for_an_answer(
+    client: Either, echo: Echo
+) -> None:
+    before = len(echo.platform.jobs)
+    with echo.fault("run", status=429, delay_s=0.9) as fault, pytest.raises(RateLimited):
+        client.chat("x", timeout_s=1.0)
+    assert fault.seen == 1
+    assert len(echo.platform.jobs) == before
+
+
 @pytest.mark.parametrize(
     ("what", "error"),
     [({"status": 502}, PlatformFault), ({"reset": True}, Unreachable)],
@@ -724,6 +734,10 @@ def test_nobody_takes_the_job(kind: type[Blocking] | type[Looped], tmp_path: Pat
     assert [progress.state for progress in seen] == ["queued", "queued"]
     assert seen[1].waited_s > 1
     assert seen[0].workers and seen[0].workers["initializing"] == 1
+
+
+def test_the_wait_ends_when_the_job_is_taken_however_long_it_says_nothing(client: Either) -> None:
+    assert client.chat("a b", wait_s=0.8, before_s=1.2).text == "a b"
 
 
 @pytest.fixture(scope="module")
