@@ -120,11 +120,13 @@ def _count(value: msgspec.Raw | None, *, token_lists: bool) -> int:
 
 
 def _number(value: msgspec.Raw | None) -> int:
-    """Return a number as vLLM would take it, a text of digits too; 0 where it is none."""
+    """Return a number as vLLM would take it, also one that stands in a text; 0 where it is none."""
     if value is None:
         return 0
     given: Any = msgspec.json.decode(value)
     try:
-        return int(given) if isinstance(given, int | float | str) else 0
+        if isinstance(given, str):
+            given = float(given)
+        return int(given) if isinstance(given, int | float) else 0
     except (ValueError, OverflowError):
         return 0
