@@ -49,6 +49,9 @@ VERSION = "0.1.0"
 GRACE_S = 5
 """How long answers may go on after the gateway was asked to end; their jobs are then cancelled."""
 
+CUT_OFF_S = 7
+"""How long that, and telling the clients, may take."""
+
 OPEN_PATHS = frozenset({"/health", "/ready", *gateway_page.FILES})
 EXPOSED_HEADERS = ("x-request-id", "x-job-id", "x-should-retry")
 
@@ -247,6 +250,8 @@ async def _serve(settings: GatewaySettings) -> None:
                 access_log=False,
                 lifespan="off",
                 server_header=False,
+                # For what `end` cannot reach, a request that never comes to its end, say.
+                timeout_graceful_shutdown=GRACE_S + CUT_OFF_S,
             ),
         )
         greeting = asyncio.ensure_future(_greet(gateway))

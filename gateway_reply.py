@@ -133,6 +133,9 @@ class Reply:
         await self.send(body, more=False)
 
 
+FAREWELL_S = 1.0
+"""How long a client that is cut off may take to be told so."""
+
 Work = Callable[[Request, bytes, Reply], Awaitable[None]]
 """Answers one request, given its body; a SealedError from it is told to the client."""
 
@@ -192,7 +195,8 @@ class Serving:
             # Until the job is cancelled on the platform too.
             await asyncio.wait({answering})
             if cut and not reply.over:
-                await reply.fail(stopped())
+                with contextlib.suppress(TimeoutError):  # of a client that no longer reads
+                    await asyncio.wait_for(reply.fail(stopped()), FAREWELL_S)
             reply.measured.end(gone=gone)
         if not answering.cancelled():
             answering.result()

@@ -1,5 +1,6 @@
 """The gateway as a process, against the local platform and echo workers on the real SDK."""
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -15,12 +16,14 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
+import gateway_reply
 from client_config import ClientSettings
 from errors import ConfigError, NoWorker
 from gateway import warning
 from gateway_config import GatewaySettings
 from gateway_errors import error_body
 from gateway_guard import Guard
+from gateway_metrics import Metrics
 from gateway_relay import route_of
 from keys import generate_key
 from local_runpod_queue import Status
@@ -369,6 +372,43 @@ class TestLeaving:
             answer = asked.result(30)
         assert answer.status_code == 200
         assert gateway.process.wait(30) == 0
+
+    def test_a_request_that_never_comes_to_its_end_does_not_hold_up_the_gateways(
+        self, start: Start
+    ) -> None:
+        gateway = start()
+        address = (gateway.http.base_url.host, gateway.http.base_url.port)
+        with socket.create_connection(address) as connection:
+            connection.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+                b"content-type: application/json\r\ncontent-length: 100\r\n"
+                b"expect: 100-continue\r\n\r\n"
+            )
+            assert connection.recv(100).startswith(b"HTTP/1.1 100")  # the body is being read
+            connection.sendall(b"{")
+            gateway.process.send_signal(signal.SIGTERM)
+            assert gateway.process.wait(30) == 0
+
+    async def test_nor_does_a_client_that_no_longer_reads(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(gateway_reply, "FAREWELL_S", 0.05)
+        serving = gateway_reply.Serving(Metrics(), keepalive_s=60, on_answer=lambda: None)
+        asked: asyncio.Queue[Any] = asyncio.Queue()
+        asked.put_nowait({"type": "http.request", "body": b"{}", "more_body": False})
+        begun = asyncio.Event()
+
+        async def never(*_: Any) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+        answering = asyncio.create_task(
+            serving.serve(scope, asked.get, never, route="x", work=never)
+        )
+        await begun.wait()
+        await asyncio.wait_for(serving.end(0), 10)
+        await answering
 
 
 class TestBrokenStream:
