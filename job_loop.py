@@ -1,12 +1,12 @@
 """The SDK's job loop with what a worker that owns an engine needs of it.
 
-`runpod` 1.12 has no hook that runs inside its event loop before the first job,
-looks for taken jobs ten times a second, loses a job that arrives after SIGTERM,
-runs a job twice that is delivered twice, asks without a pause for jobs where
-nobody listens, stays without memory for any, and drops what it posts when the
-connection breaks, an answer's end too. `JobLoop` is its `JobScaler` with these
-mended, and `run` has it post again; taking, posting, cancelling and pinging stay the
-SDK's. Knows nothing of engines or of encryption.
+`runpod` 1.12 has no hook that runs inside its event loop before the first job, looks for
+taken jobs ten times a second, loses a job that arrives after SIGTERM and hears of no
+cancellation from then on, runs a job twice that is delivered twice, asks without a pause
+for jobs where nobody listens, stays without memory for any, and drops what it posts when
+the connection breaks, an answer's end too. `JobLoop` is its `JobScaler` with these mended,
+and `run` has it post again; taking, posting, cancelling and pinging stay the SDK's. Knows
+nothing of engines or of encryption.
 """
 
 import asyncio
@@ -114,6 +114,8 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
             stop = asyncio.create_task(self.monitor_stop_signals(session))
             jobs = asyncio.create_task(self.run_jobs(session))
             watch = asyncio.create_task(self._watch())
+            for task in (take, jobs):
+                task.add_done_callback(self._fail_with)
             await self._shutdown_event.wait()
             if not self.failed:
                 await asyncio.wait([take], timeout=TAKE_GRACE_S)
@@ -153,6 +155,16 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         self._pause_s = FIRST_PAUSE_S
         return jobs
 
+    async def monitor_stop_signals(self, session: Any) -> None:
+        """Stop jobs as they are cancelled, after SIGTERM too, for as long as the others run."""
+        await super().monitor_stop_signals(session)
+        while True:
+            with contextlib.suppress(Exception):  # whatever it was, it is asked again
+                poll = self.stop_signals_fetcher(session)
+                for job_id in await asyncio.wait_for(poll, self.stop_signals_fetcher_timeout):
+                    await self.stop_job(job_id)
+            await asyncio.sleep(FIRST_PAUSE_S)
+
     async def run_jobs(self, session: Any) -> None:
         """Start every job the moment it is taken, until none can come, and wait for all."""
         running: set[asyncio.Task[None]] = set()
@@ -189,6 +201,11 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         while not self._worker.failed():  # the engine's death sets no event
             await asyncio.sleep(HEALTH_INTERVAL_S)
         self._fail()
+
+    def _fail_with(self, task: asyncio.Task[None]) -> None:
+        # Without it jobs would be taken and not run, or none taken for ever.
+        if not task.cancelled() and task.exception():
+            self._fail()
 
     def _fail(self) -> None:
         self.failed = True

@@ -192,6 +192,38 @@ def test_running_jobs_finish_after_sigterm_and_no_other_is_taken(
     assert status(platform, late) is Status.IN_QUEUE
 
 
+def test_a_stop_is_heard_after_sigterm_too(
+    platform: LocalRunpod, caller: Caller, tmp_path: Path
+) -> None:
+    with LoopWorker(platform, tmp_path) as worker:
+        worker.ready()
+        worker.tell("hold")
+        cancelled, other = caller.submit({}), caller.submit({})
+        for job in (cancelled, other):
+            worker.noted(f"began {job}")
+        polls = platform.faults.add("job-stop")  # which only counts
+        worker.terminate()
+        until((tmp_path / "told").exists, 30, "told to stop")
+        until(lambda: polls.seen >= 2, 30, "a poll for stops that began after that")
+        caller.cancel(cancelled)
+        worker.noted(f"cancelled {cancelled}")
+        worker.tell("hold", on=False)
+        assert worker.process.wait(60) == 0
+        assert f"ended {other}" in worker.notes
+
+
+def test_a_worker_that_can_run_no_jobs_takes_none(
+    platform: LocalRunpod, caller: Caller, tmp_path: Path
+) -> None:
+    def without_id(answer: bytes) -> bytes:
+        return answer.replace(b'"id"', b'"di"')
+
+    platform.faults.add("job-take", tamper=without_id)
+    caller.submit({})
+    with LoopWorker(platform, tmp_path) as worker:
+        assert worker.process.wait(60) == 3
+
+
 def test_death_of_the_engine_ends_running_jobs_and_takes_no_more(
     platform: LocalRunpod, caller: Caller, tmp_path: Path
 ) -> None:
