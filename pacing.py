@@ -36,15 +36,14 @@ async def with_signs(chunks: AsyncIterator[T], sign: Callable[[], Iterable[T]]) 
 
 
 async def paced(
-    payloads: AsyncIterator[tuple[bytes, bool]],
+    payloads: AsyncIterator[bytes],
     seal: Callable[[bytes, bool], list[str]],
     interval_s: float,
     cell_payload_bytes: int,
 ) -> AsyncIterator[str]:
     """Yield one chunk every `interval_s` seconds until the final one has left.
 
-    `payloads` gives bytes and whether they are the last. A chunk holds up to
-    `cell_payload_bytes` of them, or nothing but padding.
+    A chunk holds up to `cell_payload_bytes` of the payloads, or nothing but padding.
     """
     waiting = bytearray()
     room, ended = asyncio.Event(), asyncio.Event()
@@ -53,10 +52,8 @@ async def paced(
 
     async def gather() -> None:
         try:
-            async for payload, last in payloads:
+            async for payload in payloads:
                 waiting.extend(payload)
-                if last:
-                    break
                 if len(waiting) > MAX_WAITING_BYTES:
                     room.clear()
                     await room.wait()

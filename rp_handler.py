@@ -229,7 +229,7 @@ class Handler:
         batches = self._events(asked, state)
         if self._settings.stream_interval_ms and isinstance(reply, SealedReply):
             chunks: AsyncIterator[Any] = paced(
-                ((reply.payload(batch), _is_end(batch)) async for batch in batches),
+                (reply.payload(batch) async for batch in batches),
                 reply.seal,
                 self._settings.stream_interval_ms / 1000,
                 CELL_PAYLOAD_BYTES,
@@ -363,10 +363,6 @@ def _refusal(batch: list[AnswerEvent]) -> int:
     """Return the HTTP status with which one of vLLM's routes refuses, else 0."""
     head = batch[0] if batch else None
     return head.status if isinstance(head, Head) and head.status >= 400 else 0
-
-
-def _is_end(batch: list[AnswerEvent]) -> bool:
-    return bool(batch) and isinstance(batch[-1], End)
 
 
 # --- life -----------------------------------------------------------------------------------

@@ -76,13 +76,14 @@ class Store:
 class House:
     """A handler with keys of two clients, the first held to one request in flight."""
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: Any) -> None:
         text = f"laptop={generate_key()};max_in_flight=1,{generate_key()}"
         self.keys = KeyRing.parse(text)
         self.models, self.store = Models(), Store()
         models: Any = self.models
-        settings = Settings(endpoint_id="local")
-        self.handler = rp_handler.Handler(settings, self.keys, models, store=self.store)
+        self.handler = rp_handler.Handler(
+            Settings(endpoint_id="local", **settings), self.keys, models, store=self.store
+        )
 
     def request(self, route: str = "generate") -> Request:
         body, method = (None, "GET") if route == "worker" else (b'{"prompt":"x"}', "POST")
@@ -114,6 +115,18 @@ class House:
         while self.models.runs == before:
             await asyncio.sleep(0)
         return task
+
+
+@pytest.mark.parametrize("interval_ms", [0, 1])
+async def test_an_answer_that_comes_to_its_end_is_logged_as_done(
+    interval_ms: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = House(stream_interval_ms=interval_ms)
+    house.models.go.set()
+    with caplog.at_level(logging.INFO):
+        for route in ("generate", "worker"):
+            assert await house.code(house.request(route)) is None
+    assert caplog.text.count("outcome=done") == 2
 
 
 async def test_a_delivery_that_comes_twice_is_no_second_request_of_its_client() -> None:

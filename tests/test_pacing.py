@@ -13,7 +13,7 @@ from pacing import MAX_WAITING_BYTES, paced, with_signs
 CELL = 10
 TICK_S = 0.02
 
-Payloads = AsyncIterator[tuple[bytes, bool]]
+Payloads = AsyncIterator[bytes]
 
 
 def seal(payload: bytes, final: bool) -> list[str]:
@@ -30,8 +30,8 @@ async def collect(payloads: Payloads) -> tuple[list[str], list[float]]:
 
 
 async def given(*payloads: bytes) -> Payloads:
-    for number, payload in enumerate(payloads, 1):
-        yield payload, number == len(payloads)
+    for payload in payloads:
+        yield payload
 
 
 def text(chunks: list[str]) -> str:
@@ -47,9 +47,9 @@ async def test_every_chunk_has_one_size_and_the_last_is_final() -> None:
 
 async def test_chunks_leave_on_the_tick_also_with_nothing_to_say() -> None:
     async def slow() -> Payloads:
-        yield b"a", False
+        yield b"a"
         await asyncio.sleep(10 * TICK_S)
-        yield b"b", True
+        yield b"b"
 
     chunks, times = await collect(slow())
     assert text(chunks) == "ab"
@@ -62,8 +62,8 @@ async def test_chunks_leave_on_the_tick_also_with_nothing_to_say() -> None:
 
 async def test_a_burst_and_a_trickle_look_alike() -> None:
     async def trickle() -> Payloads:
-        for number in range(8):
-            yield b"x", number == 7
+        for _ in range(8):
+            yield b"x"
             await asyncio.sleep(TICK_S / 2)
 
     burst, _ = await collect(given(b"x" * 4 * CELL))
@@ -79,7 +79,7 @@ async def test_the_producer_waits_when_too_much_waits() -> None:
         nonlocal produced
         for _ in range(100):
             produced += 1
-            yield b"x" * (MAX_WAITING_BYTES // 4), False
+            yield b"x" * (MAX_WAITING_BYTES // 4)
 
     async with contextlib.aclosing(paced(flood(), seal, TICK_S, CELL)) as chunks:  # type: ignore[type-var]
         for _ in range(3):
@@ -89,7 +89,7 @@ async def test_the_producer_waits_when_too_much_waits() -> None:
 
 async def test_a_failure_comes_after_what_was_said_before_it() -> None:
     async def fails() -> Payloads:
-        yield b"a" * 15, False
+        yield b"a" * 15
         raise ValueError("told to fail")
 
     chunks = []
@@ -106,7 +106,7 @@ async def test_leaving_early_ends_the_producer() -> None:
     async def endless() -> Payloads:
         try:
             while True:
-                yield b"x", False
+                yield b"x"
                 await asyncio.sleep(TICK_S)
         finally:
             ended.set()
