@@ -120,9 +120,11 @@ class SimpleReply:
                         objects[-1] |= end
                     else:
                         objects.append({"text": "", **end})
+        first = self._sealer.seq
         try:
             return [chunk for item in objects for chunk in self._sealer.seal_all(item)]
         except ValueError:
+            self._sealer.seq = first  # of the error, which leaves instead of them
             raise RequestError(
                 "a part of the answer is larger than a chunk of the simple form; "
                 "ask for fewer log probabilities, or use the sealed form"

@@ -99,17 +99,18 @@ class SimpleSealer:
 
     def __init__(self, key: Key) -> None:
         self._fernet = key.simple_fernet
-        self._seq = 0
+        self.seq = 0
+        """The number of the next chunk; to be set back where chunks do not leave."""
 
     def seal(self, obj: dict[str, Any]) -> str:
         """Return the next chunk: `obj` with its `seq`, as padded JSON.
 
         ValueError for more than a chunk may hold; `seal_all` splits long text.
         """
-        content = msgspec.json.encode({"seq": self._seq, **obj})
+        content = msgspec.json.encode({"seq": self.seq, **obj})
         if len(content) > MAX_CHUNK_BYTES:
             raise ValueError(f"a chunk holds at most {MAX_CHUNK_BYTES} bytes")
-        self._seq += 1
+        self.seq += 1
         return self._fernet.encrypt(content.ljust(padded_size(len(content)), b" ")).decode()
 
     def seal_all(self, obj: dict[str, Any]) -> list[str]:

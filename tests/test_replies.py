@@ -158,6 +158,14 @@ class TestSimple:
             True
         ]
 
+    def test_the_error_of_a_detail_that_no_chunk_holds_leaves_no_gap(self, key: Key) -> None:
+        reply = SimpleReply(key)
+        huge = Event({"logprobs": [{"token": "x" * 100}] * 100_000})
+        with pytest.raises(RequestError):
+            reply.render([Text(0, "a"), huge])
+        (chunk,) = reply.render([End(None, {}, ERROR)])
+        assert open_simple_answer(key, chunk)["seq"] == 0
+
     def test_a_detail_that_no_chunk_holds_is_an_error_that_says_so(self, key: Key) -> None:
         huge = Event({"prompt_logprobs": [{"1": -1.0}] * 100_000})
         with pytest.raises(RequestError, match="larger than a chunk of the simple form"):
