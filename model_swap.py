@@ -194,7 +194,8 @@ class Models:
         due_s = self._turn_ends_s if others else float("inf")
         if others and not self._running:
             due_s = min(due_s, self._idle_since_s + self._linger_s)
-        self._admit(None, *([self._loaded] if now_s < due_s else []))
+        if now_s < due_s:
+            self._admit(None, self._loaded)
         if others and not self._running:
             if now_s < due_s:
                 loop = asyncio.get_running_loop()

@@ -223,6 +223,18 @@ async def test_running_calls_end_before_the_engine_does_and_later_ones_wait(hous
     ]  # fmt: skip
 
 
+async def test_calls_for_no_model_wait_as_others_do(house: House) -> None:
+    version = Call("/version", "GET", b"")
+    running = await house.send(version)
+    other = await house.ask("b", "other")
+    later = await house.send(version)
+    assert house.journal == ["a ?"]
+    house.open.set()
+    assert await running.text() == "a"
+    assert await other.text() == "b"
+    assert await later.text() == "b"
+
+
 async def test_all_that_waits_for_a_model_is_admitted_when_it_is_loaded(house: House) -> None:
     house.loads.clear()
     asked = [await house.ask("b", str(number)) for number in range(3)]
