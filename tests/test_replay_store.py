@@ -244,11 +244,11 @@ async def test_while_the_store_is_gone_requests_are_refused(
 async def test_a_store_that_does_not_answer_is_waited_for_no_longer_than_said(
     server: RedisServer,
 ) -> None:
-    async with worker(server, timeout_s=0.5) as one:
+    async with worker(server, timeout_s=2) as one:
         with server.frozen():
             began = time.monotonic()
             assert (await refusal(one, "r")).code == "replay_store_unavailable"
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 4
         await asyncio.wait_for(one.begin("r", expiry()), 5)
 
 
