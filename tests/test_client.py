@@ -654,11 +654,12 @@ def test_but_not_for_ever(echo: Echo, plain: Client, monkeypatch: pytest.MonkeyP
 
 
 def test_nothing_is_sent_when_there_is_no_time_left_for_an_answer(
-    client: Either, echo: Echo
+    client: Either, echo: Echo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(endpoint, "_FIRST_PAUSE_S", 2.0)
     before = len(echo.platform.jobs)
-    with echo.fault("run", status=429, delay_s=0.9) as fault, pytest.raises(RateLimited):
-        client.chat("x", timeout_s=1.0)
+    with echo.fault("run", status=429, delay_s=1.5) as fault, pytest.raises(RateLimited):
+        client.chat("x", timeout_s=3.0)
     assert fault.seen == 1
     assert len(echo.platform.jobs) == before
 
@@ -737,7 +738,7 @@ def test_nobody_takes_the_job(kind: type[Blocking] | type[Looped], tmp_path: Pat
 
 
 def test_the_wait_ends_when_the_job_is_taken_however_long_it_says_nothing(client: Either) -> None:
-    assert client.chat("a b", wait_s=0.8, before_s=1.2).text == "a b"
+    assert client.chat("a b", wait_s=2.0, before_s=2.5).text == "a b"
 
 
 @pytest.fixture(scope="module")
