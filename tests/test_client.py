@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 import delivery
@@ -654,14 +655,20 @@ def test_but_not_for_ever(echo: Echo, plain: Client, monkeypatch: pytest.MonkeyP
 
 
 def test_nothing_is_sent_when_there_is_no_time_left_for_an_answer(
-    client: Either, echo: Echo, monkeypatch: pytest.MonkeyPatch
+    echo: Echo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint, "_FIRST_PAUSE_S", 2.0)
-    before = len(echo.platform.jobs)
-    with echo.fault("run", status=429, delay_s=1.5) as fault, pytest.raises(RateLimited):
-        client.chat("x", timeout_s=3.0)
-    assert fault.seen == 1
-    assert len(echo.platform.jobs) == before
+    monkeypatch.setattr(endpoint, "_FIRST_PAUSE_S", 8.0)
+    sent: list[str] = []
+
+    def slow_down(request: httpx2.Request) -> httpx2.Response:
+        sent.append(request.url.path)
+        time.sleep(2.5)  # more than the pause leaves of the time
+        return httpx2.Response(429)
+
+    client = Client(echo.settings, transport=httpx2.MockTransport(slow_down))
+    with client, pytest.raises(RateLimited):
+        client.chat("x", timeout_s=10)
+    assert len(sent) == 1
 
 
 @pytest.mark.parametrize(
