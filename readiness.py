@@ -31,6 +31,7 @@ PHASES = (
     "warm-up",
     "application",
     "first generation",
+    "adapters",
     "taking jobs",
 )
 """Every phase, in the order in which the table has them."""

@@ -22,6 +22,7 @@ from frames import AnswerEvent, Body, End, Event, Head, Sse, Text
 from model_fit import estimate
 from model_needs import FitSettings
 from protocol import GENERATE, Call
+from readiness import Readiness
 from worker_environment import environment, prepare_libraries
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +60,7 @@ def build(model: Path, name: str, adapters: Sequence[Adapter] = (), /, **options
 async def started(engine: Engine) -> AsyncIterator[Engine]:
     """Start the engine in this loop and end its processes afterwards."""
     try:
-        await engine.start()
+        await engine.start(Readiness().phase)
         yield engine
     finally:
         await engine.stop()
