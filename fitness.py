@@ -40,12 +40,12 @@ def checks(
     return [key, model_files, engine_process]
 
 
-def files_of(folders: Iterable[Path]) -> dict[Path, int]:
-    """Return every file of models in these folders with its size."""
+def files_of(models: Iterable[Path]) -> dict[Path, int]:
+    """Return every file of these models, folders or single files, with its size."""
     return {
         path: path.stat().st_size
-        for folder in folders
-        for path in folder.iterdir()
+        for model in models
+        for path in ([model] if model.is_file() else model.iterdir())
         if path.suffix in _SUFFIXES and path.is_file()
     }
 

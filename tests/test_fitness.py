@@ -38,6 +38,12 @@ def test_files_that_have_changed_are_named(tmp_path: Path, content: bytes | None
         check()
 
 
+def test_a_model_may_be_a_single_file(tmp_path: Path) -> None:
+    weights = tmp_path / "model.gguf"
+    weights.write_bytes(b"GGUF")
+    assert fitness.files_of([weights]) == {weights: 4}
+
+
 def test_what_is_no_file_of_a_model_may_change(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("a")
     check = checks(tmp_path)["model_files"]
