@@ -5,7 +5,6 @@ server's clock. Knows nothing of the Hub.
 """
 
 import contextlib
-import os
 import re
 import shutil
 import time
@@ -108,11 +107,13 @@ def unused(cache: Path, kept: Collection[str], age_s: float = AGE_S) -> Iterator
 def _blobs(storage: Path, sha: str) -> set[Path]:
     """Return the blobs to which a snapshot links."""
     found = set()
+    blobs = storage / "blobs"
     for pointer in (storage / "snapshots" / sha).rglob("*"):
         if pointer.is_symlink():
-            blob = Path(os.path.normpath(pointer.parent / pointer.readlink()))
-            if blob.parent == storage / "blobs":
-                found.add(blob)
+            target = pointer.parent / pointer.readlink()
+            # However the way to the cache is written: what is missed here counts as litter.
+            if target.parent.resolve() == blobs.resolve():
+                found.add(blobs / target.name)
     return found
 
 

@@ -201,6 +201,9 @@ def test_the_janitor_removes_unused_snapshots_when_asked(volume: Volume, hub: Hu
     assert f"org/moving: snapshot {old[:7]} that no branch stands for, {freed}" in looked
     named = volume.run("janitor", "--unused", "--remove", MODELS=f"org/moving@{old}")
     assert "nothing to remove" in named.stdout, "it is in use by its commit"
+    # However the way to the cache is written.
+    roundabout = f"{volume.home}/../{volume.home.name}"
+    assert looked == volume.run("janitor", "--unused", HF_HOME=roundabout).stdout
     assert f"{freed} freed" in volume.run("janitor", "--unused", "--remove").stdout
     snapshots = volume.cache / "models--org--moving" / "snapshots"
     assert [path.name for path in snapshots.iterdir()] == [new]
