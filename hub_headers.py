@@ -15,7 +15,7 @@ import model_shape
 from errors import ModelError
 from hub_download import Failure, Hub, diagnose
 from model_cache import HUB, Repo
-from model_files import weights
+from model_files import loaded
 from model_shape import Shape
 
 _THREADS = 8
@@ -43,7 +43,7 @@ def _read(repo: Repo, hub: Hub) -> Shape:
     api.model_info(repo.id, revision=repo.revision, timeout=_ANSWER_S)
     tree = api.list_repo_tree(repo.id, revision=repo.revision, recursive=True)
     all_sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
-    sizes = {name: all_sizes[name] for name in weights(list(all_sizes), repo.file)}
+    sizes = {name: all_sizes[name] for name in loaded(list(all_sizes), repo.file)}
 
     def header(name: str) -> Mapping[str, Any]:
         found = api.parse_safetensors_file_metadata(repo.id, name, revision=repo.revision)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 # What an engine reads besides weights, and what it never reads although the name fits.
-SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.model.v*", "*.tiktoken", "*.py")
 SKIPPED = ("original/*", "onnx/*", "*.onnx*", "*.h5", "*.msgpack", ".*")
 TRAINING_STATE = ("training_args.bin", "optimizer*", "scheduler*", "rng_state*")
 TOKENIZERS = ("tokenizer*", "vocab.*", "tekken.json", "*.tiktoken", "spiece.model")
@@ -40,6 +40,15 @@ def weights(files: Sequence[str], gguf: str | None) -> list[str]:
         if fitting:
             return plain or fitting
     return []
+
+
+def loaded(files: Sequence[str], gguf: str | None = None) -> list[str]:
+    """Return the files of weights that vLLM loads: it looks into no folder but the model's own.
+
+    In others there may be checkpoints of the same model, or what holds all of its weights.
+    """
+    own = [file for file in files if "/" not in file]
+    return weights(own, gguf) or weights(files, gguf)
 
 
 def matches(file: str, patterns: Iterable[str]) -> bool:

@@ -75,12 +75,16 @@ class Estimate:
     max_num_seqs: int
     devices: int
     changes: tuple[Change, ...] = ()
+    needs: Callable[[int], int] | None = dataclasses.field(default=None, repr=False, compare=False)
+    """How many bytes of the KV cache a sequence of so many tokens takes."""
 
     def at_once(self, tokens: int | None) -> int | None:
         """Return how many sequences of so many tokens the engine holds at a time."""
-        if not tokens or self.kv_tokens is None:
-            return None
-        return min(self.max_num_seqs, self.kv_tokens // tokens)
+        if not tokens or not self.kv_tokens or not self.kv_bytes_per_token or not self.needs:
+            return None if self.kv_tokens is None else 0
+        # Short sequences take more for each token where layers look at a window only.
+        room = self.kv_tokens * self.kv_bytes_per_token
+        return min(self.max_num_seqs, room // self.needs(tokens))
 
 
 def check(
@@ -175,6 +179,7 @@ def _estimate(shape: Shape, settings: FitSettings, memory: Memory | None) -> Est
         length,
         (settings.max_num_seqs or seats(memory)[0]) * settings.data_parallel_size,
         settings.devices * settings.data_parallel_size,
+        needs=needs,
     )
 
 
@@ -197,8 +202,8 @@ def _judge(
         return "cannot run", True, why
     if memory is None or room is None:
         return "not known", False, f"{takes}; the memory of this machine's devices is not known"
-    if settings.remodelled_by:
-        return "not known", False, f"{takes} unless {settings.remodelled_by} changes that"
+    if unclear := settings.unclear_of(shape):
+        return "not known", False, f"{takes} unless {unclear} changes that"
     gpu = memory.kind == "gpu"
     wanted = settings.devices * settings.data_parallel_size
     if gpu and wanted > memory.count:

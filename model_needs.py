@@ -73,12 +73,17 @@ OPTION_NAMES = (
     "QUANTIZATION_CONFIG",
     "SPECULATIVE_CONFIG",
     "MODEL_IMPL",
+    "OFFLOAD_GROUP_SIZE",
+    "DECODE_CONTEXT_PARALLEL_SIZE",
 )
 """The engine options that `FitSettings.read` looks at."""
 
-# Settings that make another model of what the files hold.
-_REMODELLING = ("HF_OVERRIDES", "QUANTIZATION_CONFIG", "SPECULATIVE_CONFIG", "MODEL_IMPL")
-
+# Settings that make another model of what the files hold, or divide it in ways not known here.
+_REMODELLING = (
+    *("HF_OVERRIDES", "QUANTIZATION_CONFIG", "SPECULATIVE_CONFIG", "MODEL_IMPL"),
+    *("OFFLOAD_GROUP_SIZE", "DECODE_CONTEXT_PARALLEL_SIZE"),
+)
+_NO_CHANGE = ("", "0", "1")
 
 _COUNTS = (
     "TENSOR_PARALLEL_SIZE",
@@ -150,7 +155,9 @@ class FitSettings:
             return options.get(name, "").strip().lower()
 
         offload = options.get("CPU_OFFLOAD_GB", "").strip()
-        remodelled = next((name for name in _REMODELLING if options.get(name)), "")
+        remodelled = next(
+            (name for name in _REMODELLING if options.get(name, "").strip() not in _NO_CHANGE), ""
+        )
         return cls(
             max_model_len=number("MAX_MODEL_LEN"),
             tensor_parallel_size=number("TENSOR_PARALLEL_SIZE") or 1,
@@ -168,6 +175,12 @@ class FitSettings:
             cpu_offload_bytes=int(float(offload) * GIB) if _is_number(offload) else 0,
             remodelled_by=remodelled,
         )
+
+    def unclear_of(self, shape: Shape) -> str:
+        """Return the setting that makes an estimate of this model worthless, if one does."""
+        own = self.quantization and self.quantization not in _ON_THE_FLY
+        # By itself it names how the files are quantised; these are not, vLLM does it.
+        return self.remodelled_by or ("QUANTIZATION" if own and not shape.quantization else "")
 
     @property
     def devices(self) -> int:
@@ -251,7 +264,7 @@ def sequence_bytes(
     if attention is None:
         return None
     if kind == "auto":
-        kept = shape.quantization.get("kv_cache_scheme")
+        kept = any(map(shape.quantization.get, ("kv_cache_scheme", "kv_cache_quant_algo")))
         size = 1.0 if kept else float(_dtype_bytes(shape, settings))
     elif kind.startswith(("fp8", "int8")):
         size = 1.0

@@ -105,6 +105,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     found = estimate(shape, wanted, memory)
     if args.json:
         whole: dict[str, Any] = {"model": name, **dataclasses.asdict(found)}
+        del whole["needs"]
         whole["memory"] = dataclasses.asdict(memory) if memory else None
         whole["at_once"] = {str(tokens): found.at_once(tokens) for tokens in _lengths(found)}
         print(json.dumps(whole, indent=2))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import machine_memory
-from model_files import human_size, listing, size_of, weights
+from model_files import human_size, listing, loaded, size_of
 
 _READ_BYTES = 16 * 2**20
 _PIECE_BYTES = 4 * _READ_BYTES
@@ -99,7 +99,7 @@ def weight_files(path: Path) -> list[Path]:
     """Return the files that hold a model's weights, in the order in which they are loaded."""
     if path.is_file():
         return [path]
-    return sorted((path / name for name in weights(listing(path), None)), key=_natural)
+    return sorted((path / name for name in loaded(listing(path))), key=_natural)
 
 
 def _natural(path: Path) -> list[int | str]:

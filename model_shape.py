@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import ModelIncomplete
-from model_files import listing, size_of, weights
+from model_files import listing, loaded, size_of, weights
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -147,7 +147,7 @@ def of_folder(path: Path) -> Shape:
     if path.is_file():
         return Shape(size_of(path) or 0, unknown="a GGUF file's own header is not read")
     names = listing(path)
-    files = weights(names, None)
+    files = loaded(names)
     sizes = {file: size_of(path / file) or 0 for file in files}
     if is_adapter(names):
         return of_adapter(
@@ -240,6 +240,8 @@ def _attention(config: Mapping[str, Any]) -> tuple[Attention | None, str]:
         return None, f"{name or 'its architecture'} is not known to keep keys and values only"
     if hybrid := next((name for name in text if _HYBRID.search(name) and text[name]), None):
         return None, f"its layers keep more than keys and values ({hybrid})"
+    if text.get("block_configs"):
+        return None, "its layers differ from each other (block_configs)"
     layers = _number(text, "num_hidden_layers", "n_layer", "num_layers")
     heads = _number(text, "num_attention_heads", "n_head")
     if not layers or not heads:

@@ -128,6 +128,19 @@ def test_weights_without_headers_count_by_their_files() -> None:
     assert weights_bytes(Shape(1000), FitSettings(tensor_parallel_size=2)) == 500
 
 
+def test_checkpoints_beside_a_model_are_not_loaded(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "checkpoint-500" / "model.safetensors").write_bytes(bytes(5000))
+    (tmp_path / "pytorch_model.bin").write_bytes(bytes(1000))
+    assert model_shape.of_folder(tmp_path).file_bytes == 1000
+
+
+@pytest.mark.parametrize(("value", "unclear"), [("8", "OFFLOAD_GROUP_SIZE"), ("0", "")])
+def test_what_divides_a_model_in_other_ways_is_told(value: str, unclear: str) -> None:
+    settings = FitSettings.read({"OFFLOAD_GROUP_SIZE": value}, 0.9)
+    assert settings.unclear_of(Shape(1000)) == unclear
+
+
 # --- the KV cache ---
 
 
@@ -150,6 +163,7 @@ def test_weights_without_headers_count_by_their_files() -> None:
         ({"architectures": ["BertModel"]}, None),
         ({"is_encoder_decoder": True}, None),
         ({"num_hidden_layers": None}, None),
+        ({"num_key_value_heads": None, "block_configs": [{}] * 32}, None),
     ],
 )
 def test_attention_is_read_from_the_configuration(
@@ -194,6 +208,16 @@ def test_layers_with_a_window_keep_no_more_than_that() -> None:
     assert 0.5 < windowed / whole < 0.6
 
 
+def test_short_requests_take_more_of_each_token_where_there_are_windows() -> None:
+    shape = llama(sliding_window=1024, sliding_window_pattern=6)
+    found = fit(gpu(80), shape, max_num_seqs=10_000, max_num_batched_tokens=1024)
+    assert found.kv_bytes
+    for tokens in (1024, 4096, 131_072):
+        seen = 5 * tokens + 27 * min(tokens, 2048)
+        expected = found.kv_bytes / (seen * TOKEN_BYTES / 32)
+        assert found.at_once(tokens) == pytest.approx(expected, rel=0.01, abs=1)
+
+
 def test_an_explicit_cache_is_counted_in_whole_blocks() -> None:
     found = fit(gpu(80), kv_cache_memory_bytes=33 * TOKEN_BYTES, max_model_len=16)
     assert found.kv_tokens == 32
@@ -232,6 +256,7 @@ def test_not_more_run_at_once_than_the_scheduler_takes() -> None:
         # What is not known stops nothing.
         (None, {}, "not known", False),
         (gpu(1), {"remodelled_by": "HF_OVERRIDES"}, "not known", False),
+        (gpu(1), {"quantization": "experts_int8"}, "not known", False),
         (gpu(12), {"cpu_offload_bytes": 1}, "too large", False),
         # Processes share a machine's memory.
         (
