@@ -96,6 +96,11 @@ def _list(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
+def _folder(text: str) -> Path:
+    # No shell stands between a container's settings and this.
+    return Path(text).expanduser()
+
+
 def _paths(text: str) -> tuple[Path, ...]:
     return tuple(Path(item.strip()) for item in re.split("[:,]", text) if item.strip())
 
@@ -192,7 +197,7 @@ SETTINGS = (
     Setting(
         "HF_HOME",
         "hf_home",
-        Path,
+        _folder,
         "`/runpod-volume/huggingface-cache` with a volume, else `~/.cache/huggingface`",
         "where models are kept",
     ),
@@ -348,6 +353,7 @@ SETTINGS = (
 _FOREIGN = {
     "MODEL_NAME": "MODELS",
     "MODEL": "MODELS",
+    "MODEL_REVISION": "MODELS=org/name@revision",
     "OPENAI_SERVED_MODEL_NAME_OVERRIDE": "SERVED_MODEL_NAME",
     "HUGGING_FACE_HUB_TOKEN": "HF_TOKEN",
 }

@@ -43,6 +43,8 @@ MIN_PREFILL_TOKENS = 128
 # Owned by the worker, or would carry prompts out of the process.
 _OWN_SETTINGS = {"model", "served_model_name", "hf_token", "gpu_memory_utilization"}
 _FORBIDDEN_OPTIONS = {
+    "revision": "MODELS names it, as in org/name@revision",
+    "download_dir": "models lie in HF_HOME",
     "enable_log_requests": "it writes requests to the log",
     "enable_log_outputs": "it writes answers to the log",
     "enable_log_deltas": "it writes answers to the log",

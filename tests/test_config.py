@@ -52,6 +52,7 @@ def test_what_must_be_set_is_missed_all_at_once() -> None:
         ("ALLOW_WITHOUT_HPKE", "1", "allow_without_hpke", True),
         ("HF_TOKEN", "token", "hf_token", "token"),
         ("HF_HOME", "/data", "hf_home", Path("/data")),
+        ("HF_HOME", "~/data", "hf_home", Path.home() / "data"),
         ("HF_ENDPOINT", "http://hub", "hf_endpoint", "http://hub"),
         ("HF_HUB_OFFLINE", "1", "offline", True),
         ("MODEL_PATH", "/model", "model_path", Path("/model")),
@@ -159,7 +160,11 @@ def test_a_misspelt_name_is_a_fault_that_names_the_right_one(name: str, meant: s
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("MODEL_NAME", "MODELS"), ("OPENAI_SERVED_MODEL_NAME_OVERRIDE", "SERVED_MODEL_NAME")],
+    [
+        ("MODEL_NAME", "MODELS"),
+        ("MODEL_REVISION", "MODELS=org/name@revision"),
+        ("OPENAI_SERVED_MODEL_NAME_OVERRIDE", "SERVED_MODEL_NAME"),
+    ],
 )
 def test_the_official_workers_names_are_translated(name: str, meant: str) -> None:
     _, faults = read(**{name: "zzz"})

@@ -98,6 +98,8 @@ def test_json_items_of_a_list_stay_json() -> None:
         ("LORA_MODULES", '"unclosed', ""),
         ("LORA_MODULES", "a", ""),
         ("CHAT_TEMPLATE_CONTENT_FORMAT", "xml", "choice"),
+        ("REVISION", "main", "org/name@revision"),
+        ("DOWNLOAD_DIR", "/models", "HF_HOME"),
         ("ENABLE_LOG_REQUESTS", "true", "log"),
         ("ENABLE_LOG_OUTPUTS", "true", "log"),
         ("OTLP_TRACES_ENDPOINT", "http://x", "another host"),
