@@ -219,6 +219,8 @@ def check_fit(adapter: Adapter, base: Path) -> None:
     matrices: dict[str, list[tuple[int, ...]]] = {}
     """The shapes of a base model's modules, by where they stand in its layers; often one each."""
     for file in sorted(base.glob("*.safetensors")):
+        if file.name.startswith("consolidated"):
+            continue  # Mistral's own format, with other names for all modules
         for name, (dtype, shape) in _tensors(file):
             owner, _, part = name.rpartition(".")
             if found := _IN_LAYERS.search(owner):

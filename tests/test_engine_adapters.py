@@ -101,6 +101,15 @@ def test_an_adapter_that_cannot_fit_is_named_with_its_reason(
     assert len(e.value.faults) == 1
 
 
+def test_a_base_in_another_form_is_left_to_vllm(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "consolidated.safetensors").write_bytes((TINY / "model.safetensors").read_bytes())
+    odd = Entry("odd", make_adapter(tmp_path / "odd", modules=("mlp.q_proj",)))
+    (family,) = families([Entry("base", base), odd])
+    assert [adapter.name for adapter in family.adapters] == ["odd"]
+
+
 def _damage(folder: Path, what: str) -> None:
     weights = folder / WEIGHTS
     match what:
