@@ -28,6 +28,7 @@ _PREFIX = "sv-"
 # A socket's whole path may have 107 characters; vLLM's are named by 36 in a folder named by 11.
 _MAX_PARENT_CHARS = 107 - len("/") - 36 - len("/") - 11
 _LOCK = "lock"
+_DISK = (Path("/tmp"), Path("/var/tmp"))  # noqa: S108 - as for MEMORY
 
 
 def seal_off() -> None:
@@ -51,10 +52,10 @@ class TemporaryFolder:
     def __init__(self, chosen: str | None = None) -> None:
         """Make one in the folder `chosen`, else in memory where there is room, else on the disk.
 
-        A folder whose path is too long for the sockets that come to lie in it is passed over.
+        A folder is passed over that is none, or whose path is too long for the sockets that come
+        to lie in it.
         """
-        fits = chosen and len(os.fsencode(chosen)) <= _MAX_PARENT_CHARS
-        parent = Path(chosen) if chosen and fits else _parent()
+        parent = Path(chosen) if chosen and _fits(Path(chosen)) else _parent()
         _sweep(parent)
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
@@ -75,12 +76,19 @@ def _parent() -> Path:
     with contextlib.suppress(OSError):
         if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOM_BYTES:
             return MEMORY
-    return Path(tempfile.gettempdir())
+    # Not by TMPDIR once more, which was passed over if it is set.
+    return next(filter(_fits, _DISK), Path.cwd())
+
+
+def _fits(folder: Path) -> bool:
+    return folder.is_dir() and len(os.fsencode(folder)) <= _MAX_PARENT_CHARS
 
 
 def _sweep(parent: Path) -> None:
     """Remove the folders of workers of which no process lives any more."""
     for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
-        with contextlib.suppress(OSError), lock.open("w") as file:
+        if lock.is_symlink() or lock.parent.is_symlink():
+            continue  # no worker makes such
+        with contextlib.suppress(OSError), lock.open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)

@@ -110,6 +110,20 @@ class TestTheTemporaryFolder:
         folder.remove()
         assert not list(parent.iterdir())
 
+    @pytest.mark.parametrize("name", ["long" * 25, "missing"])
+    def test_what_is_passed_over_does_not_come_back_as_the_disk(
+        self, short_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        parent = short_path / name
+        if name != "missing":
+            parent.mkdir()
+        monkeypatch.setattr("process_hygiene.ROOM_BYTES", 2**62)
+        monkeypatch.setenv("TMPDIR", str(parent))
+        monkeypatch.setattr(tempfile, "tempdir", str(parent))
+        folder = TemporaryFolder(str(parent))
+        assert folder.path.parent == Path("/tmp")
+        folder.remove()
+
     def test_it_lies_in_memory_where_there_is_room(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
