@@ -138,7 +138,7 @@ def chat(args: argparse.Namespace, screen: Screen) -> int:
                         history.clear()
                         screen.note("forgotten")
                         continue
-                    case command if command.startswith("/"):
+                    case command if interactive and command.startswith("/"):
                         screen.note(f"unknown command {command}; there are /clear and /exit")
                         continue
                 turn = [*history, {"role": "user", "content": line}]

@@ -213,7 +213,7 @@ def overrides(args: argparse.Namespace) -> dict[str, str | None]:
 
     def number(name: str) -> str | None:
         value = getattr(args, name, None)
-        return None if value is None else f"{value:g}"
+        return None if value is None else str(value)
 
     return {
         "RUNPOD_ENDPOINT_ID": args.endpoint,
@@ -240,7 +240,10 @@ def read_sampling(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
 def read_prompt(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     """Return the prompt of the arguments, of stdin, or both."""
     given: str | None = args.prompt
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    try:
+        piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    except UnicodeDecodeError:
+        parser.error("what stands on stdin is no text in this terminal's encoding")
     parts = [part for part in (given, piped) if part and part.strip()]
     if not parts:
         parser.error("no prompt: give one as an argument or on stdin")

@@ -1,8 +1,10 @@
 """`python client.py` as people and scripts meet it: transcripts, exit codes, Ctrl-C, keys."""
 
 import json
+import os
 import re
 import signal
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -141,6 +143,15 @@ def test_what_was_typed_wrong_is_told(args: list[str], told: str) -> None:
     done = run({}, *args)
     assert done.code == 2
     assert told in done.err
+
+
+def test_what_is_no_text_is_told(echo: Echo) -> None:
+    process = start({**echo.environ, "PYTHONIOENCODING": "utf-8:strict"}, stdin=subprocess.PIPE)
+    assert process.stdin
+    os.write(process.stdin.fileno(), b"\xff\xfe")
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 2
+    assert err.endswith("what stands on stdin is no text in this terminal's encoding\n")
 
 
 def test_a_setting_that_is_nearly_named_is_told(echo: Echo) -> None:
@@ -382,6 +393,7 @@ def test_ctrl_c_in_a_conversation_stops_the_answer_and_goes_on(echo: Echo) -> No
 
 def test_a_conversation_from_a_pipe(echo: Echo) -> None:
     assert run(echo.environ, "chat", stdin="a\nb\n/clear\nc\n").out == "a\na / a / b\nc\n"
+    assert run(echo.environ, "chat", stdin="/etc/passwd ?\n").out == "/etc/passwd ?\n"
 
 
 # -- doctor ----------------------------------------------------------------------------------------
