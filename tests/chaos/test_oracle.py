@@ -1,5 +1,6 @@
 """The suite's judge can fail: it finds clients and workers out that are weakened on purpose."""
 
+import asyncio
 import json
 import random
 from pathlib import Path
@@ -23,9 +24,10 @@ from errors import (
 from frames import AnswerEvent, End
 from job_polled import PolledJob
 from tests.chaos.callers import LONG, stream
+from tests.chaos.fleet import Member
 from tests.chaos.ledger import Job, Ledger, Verdict
 from tests.chaos.meter import trend
-from tests.chaos.run import Run, roll_undrained
+from tests.chaos.run import Run
 from tests.chaos.stages import ECHO, REAL, Stage
 from tests.claims import Trials
 from tests.workers import ROOT
@@ -161,13 +163,22 @@ async def test_an_engine_that_goes_on_is_found_out(tmp_path: Path, claim: Trials
     claim.detail("keeps: still busy")
 
 
+async def with_jobs(run: Run) -> Member:
+    """Wait for a worker that has several jobs."""
+    while True:
+        for member in run.fleet.ready():
+            if len(run.platform.workers[member.name].jobs) >= 3:
+                return member
+        await asyncio.sleep(0.005)
+
+
 async def dropped(folder: Path, stage: Stage) -> int:
     """Return the jobs that a worker has left at SIGTERM, beside one that goes on."""
     async with stage.open(folder) as run:
         run.concurrency = 8
         async with run.load():
             await run.more(8)
-            await roll_undrained(run, random.Random(1))
+            await run.fleet.roll(await with_jobs(run), drained=False)
         (ended,) = run.fleet.ended
         return ended.jobs_left
 
