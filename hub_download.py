@@ -336,11 +336,13 @@ def diagnose(error: BaseException, endpoint: str = HUB) -> dict[str, Any]:
 
     for cause in chain:
         number = cause.errno if isinstance(cause, OSError) else None
-        if number is None and (told := re.search(r"\(os error (\d+)\)", str(cause))):
+        told = re.search(r"\(os error (\d+)\)", str(cause))
+        if number is None and told:
             number = int(told.group(1))  # hf_xet 1.8 keeps the number in its text only
         if number in NO_ROOM:
             return verdict("room", cause)
-        if number in _NOT_WRITABLE:
+        # Without a file it is a connection that was not permitted.
+        if number in _NOT_WRITABLE and (told or getattr(cause, "filename", None)):
             return verdict("unwritable", cause)
     kinds: list[tuple[type[BaseException], str]] = [
         (hub.GatedRepoError, "gated"),

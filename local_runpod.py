@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, workers.stop)
             print(platform.base_url, flush=True)
-            print(_how_to_reach(platform, arguments.api_key_env, api_key is None), file=sys.stderr)
+            print(_how_to_reach(platform, arguments.api_key_env, not api_key), file=sys.stderr)
             return await workers.run()
 
     return asyncio.run(run())

@@ -270,8 +270,8 @@ def _lease(args: argparse.Namespace, settings: Settings) -> int:
         silent_s = model_lease.silence_s(folder)
         if args.release and (holder := model_lease.take_away(folder)):
             print(f"{name}: taken from {holder}")
-        elif silent_s is not None:
-            holder = model_lease.holder_of(model_lease.leases(folder)[-1])
+        elif silent_s is not None and (held := model_lease.leases(folder)):
+            holder = model_lease.holder_of(held[-1])
             dead = silent_s > Pace().stale_s
             state = "; it is dead, whoever wants the model next takes over" if dead else ""
             print(f"{name}: {holder}, seen {silent_s:.0f} s ago{state}")

@@ -5,6 +5,10 @@
 #   tools/bake_model.sh org/name[@revision] FOLDER
 set -eu
 model=$1
+case $model in
+*,*) echo "bake_model.sh: one model, not several: $model" >&2; exit 2 ;;
+*.gguf) echo "bake_model.sh: a GGUF file cannot be baked in; put it on a volume: $model" >&2; exit 2 ;;
+esac
 folder=$2/${model%%@*}
 here=$(cd "$(dirname "$0")/.." && pwd)
 cache=$(mktemp -d)

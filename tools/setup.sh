@@ -72,6 +72,7 @@ fi
 named=$(sed -n 's/^\([A-Za-z0-9_-]*\)==.*/\1/p' "$@" | tr _ - | paste -sd '|')
 grep -vE "^($named)==" requirements/constraints.txt >"$venv/constraints.txt"
 
+rm -f "$stamp" # of what is about to be changed
 say "installing $* into $venv (about 3 GB the first time)"
 for file in "$@"; do set -- "$@" -r "$file"; shift; done
 "$python" -m uv pip install --python "$python" \
