@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from client_config import ClientSettings
 from keys import generate_key
 from local_runpod import LocalRunpod
@@ -27,6 +29,12 @@ from tests.workers import ROOT, SERVED, RunningWorker
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 SETTLE_S = 100.0
 """Longer than what the platform gives a job whose last word it has lost."""
+
+left_to_the_collector = pytest.mark.filterwarnings(
+    "ignore:unclosed (transport|<socket):ResourceWarning"
+)
+"""Of hundreds of cancelled calls some leave a connection to the garbage collector: httpx2 shields
+its closing of them from anyio's cancellations, and not from asyncio's own."""
 
 BATCHED_TOKENS = 128
 

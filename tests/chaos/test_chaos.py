@@ -5,14 +5,17 @@ echo workers, which are the SDK, the job loop, the sealing and the client withou
 """
 
 import asyncio
+import gc
 from collections.abc import Iterator
 
 import pytest
 
 from tests.chaos.ledger import Verdict
 from tests.chaos.run import Step, kill_worker, plan, roll_undrained
-from tests.chaos.stages import ECHO, REAL, SEED, Report, storm_run
+from tests.chaos.stages import ECHO, REAL, SEED, Report, left_to_the_collector, storm_run
 from tests.claims import Trials
+
+pytestmark = left_to_the_collector
 
 MEMORY = 0.05
 JOBS = 500
@@ -27,7 +30,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
     else:
         steps: list[Step] = [("SIGKILL", kill_worker), ("SIGTERM", roll_undrained)]
         run = storm_run(ECHO, folder, steps, apart=15, jobs=60, calm=16)
-    yield asyncio.run(run)
+    report = asyncio.run(run)
+    gc.collect()  # here, where it may warn
+    yield report
 
 
 @pytest.mark.claim(

@@ -5,6 +5,7 @@ the workers are left alone, since one that has ended leaks no more.
 """
 
 import asyncio
+import gc
 import os
 import random
 import time
@@ -19,7 +20,7 @@ from tests.chaos import meter, storm
 from tests.chaos.ledger import Ledger
 from tests.chaos.meter import trend
 from tests.chaos.run import Run
-from tests.chaos.stages import BATCHED_TOKENS, REAL, SEED
+from tests.chaos.stages import BATCHED_TOKENS, REAL, SEED, left_to_the_collector
 from tests.claims import Trials
 
 SOAK_S = float(os.environ.get("SOAK_S", "1200"))
@@ -32,6 +33,7 @@ MEMORY = 0.02
 PER_JOB = 0.01
 
 pytestmark = [
+    left_to_the_collector,
     pytest.mark.engine,
     pytest.mark.skipif(not os.environ.get("SOAK"), reason="takes 20 minutes: make chaos SOAK=1"),
 ]
@@ -63,7 +65,9 @@ class Soak:
 @pytest.fixture(scope="module")
 def soak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Soak]:
     """One soak, from which all claims are read."""
-    yield asyncio.run(steady(tmp_path_factory.mktemp("soak")))
+    soak = asyncio.run(steady(tmp_path_factory.mktemp("soak")))
+    gc.collect()  # here, where it may warn
+    yield soak
 
 
 async def steady(folder: Path) -> Soak:
