@@ -114,7 +114,7 @@ def test_interrupted_it_leaves_nothing(number: signal.Signals) -> None:
             process.kill()
     assert process.returncode == 130
     assert errors.strip() == "interrupted; nothing is left running"
-    assert not left_running(demo_stage.LOG)
+    until(lambda: not left_running(demo_stage.LOG), 10, "the last process is gone")
 
 
 def seen_in_a_terminal(command: list[str], timeout_s: float) -> tuple[int, list[str]]:
@@ -183,7 +183,7 @@ def test_a_person_sees_the_answer_arrive_and_what_the_platform_saw() -> None:
     assert "nothing of the prompt or of the answer is in there" in seen
     assert re.search(r"First token after \d+ ms on the worker", seen)
     assert seen.rstrip().splitlines()[-1].startswith("Stopping the worker: done")
-    assert not left_running(demo_stage.LOG)
+    until(lambda: not left_running(demo_stage.LOG), 10, "the last process is gone")
 
 
 @pytest.mark.engine
@@ -206,7 +206,7 @@ def test_a_person_sees_the_openai_sdk_answered_through_the_gateway() -> None:
     ended = next(number for number, text in enumerate(reads) if "First words after" in text)
     assert ended - began > 5, "the answer came in one piece"
     assert "nothing of the prompt or of the answer is in there" in seen
-    assert not left_running(demo_stage.LOG)
+    until(lambda: not left_running(demo_stage.LOG), 10, "the last process is gone")
     assert str(demo_gateway.GATEWAY[1]) not in {
         part for process in psutil.process_iter() for part in command_line(process)
     }

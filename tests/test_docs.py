@@ -24,7 +24,10 @@ README = (ROOT / "README.md").read_text()
 AGENTS = (ROOT / "AGENTS.md").read_text()
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)\n\1```$", re.DOTALL | re.MULTILINE)
 
-NOT_RUN = ("make ", "docker ", "export ", "python client.py doctor", "python client.py serve")
+NOT_RUN = (
+    *("make ", "docker ", "python3 -m venv ", "export "),
+    *("python client.py doctor", "python client.py serve"),
+)
 """How commands begin that are not tried here: they build, publish, or stand beside such."""
 
 

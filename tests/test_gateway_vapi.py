@@ -381,7 +381,7 @@ hidden = text
 def secret(): return "{SAID}"
 TOOLS = [text, nothing, number, listed, closed, raises, stops, leaves, hangs, two, later,
          raises_later, leaves_later, cancelled, stubborn]
-TOOL_LIMIT_S = 0.2
+TOOL_LIMIT_S = 1.5
 """
 
 
@@ -504,7 +504,7 @@ SORRY = {"error": "Sorry, this number cannot take your call at the moment."}
 def test_the_assistant_is_the_file_s(
     line: Any, monkeypatch: pytest.MonkeyPatch, source: str, answer: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(gateway_vapi, "ASSISTANT_LIMIT_S", 0.2)
+    monkeypatch.setattr(gateway_vapi, "ASSISTANT_LIMIT_S", 1.5)
     assert line(source).tell("assistant-request") == answer
 
 
