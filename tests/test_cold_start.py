@@ -10,12 +10,18 @@ import pytest
 import readiness
 import readiness_report
 from local_runpod import LocalRunpod
+from tests.adapters import make_adapter
 from tests.hub import Hub
-from tests.workers import MODEL, Caller, RunningWorker, saying
+from tests.workers import MODEL, SERVED, Caller, RunningWorker, saying, tokens
 
 pytestmark = pytest.mark.engine
 
 DOWNLOAD_S = 3.0
+ADAPTER = "org/tiny-lora"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +31,16 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def worker(volume: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningWorker]:
-    """A worker that has fetched its model from a Hub that needed some seconds for it."""
-    files = {path.name: path.read_bytes() for path in MODEL.iterdir() if path.is_file()}
+    """A worker that has fetched its model from a Hub that needed some seconds, and an adapter."""
+    files, adapter = content(MODEL), make_adapter(tmp_path_factory.mktemp("adapter") / "made")
     size_bytes = sum(map(len, files.values()))
     with Hub(bytes_per_s=size_bytes / DOWNLOAD_S).serving() as hub, LocalRunpod() as platform:
         hub.add("org/tiny", files)
+        hub.add(ADAPTER, content(adapter))
         with RunningWorker(
             platform,
             tmp_path_factory.mktemp("worker"),
-            MODELS="org/tiny",
+            MODELS=f"org/tiny,{ADAPTER}",
             HF_HOME=str(volume),
             HF_ENDPOINT=hub.url,
         ) as worker:
@@ -61,9 +68,10 @@ def test_the_record_names_every_phase_and_what_was_downloaded(record: dict[str, 
         "warm-up",
         "application",
         "first generation",
+        "adapters",
         "taking jobs",
     }
-    (download,) = [phase for phase in record["phases"] if phase["name"] == "download"]
+    download, _ = [phase for phase in record["phases"] if phase["name"] == "download"]
     assert download["bytes"] > MODEL.joinpath("model.safetensors").stat().st_size
     rate = download["bytes"] / 1e6 / download["took_s"]
     assert download["MB_per_s"] == pytest.approx(rate, rel=0.1)
@@ -91,3 +99,7 @@ def test_download_and_import_run_beside_each_other(record: dict[str, Any]) -> No
 def test_a_worker_that_was_started_so_answers(worker: RunningWorker) -> None:
     with Caller(worker.platform, worker.key) as caller:
         assert caller.ask("generate", saying("hello")).text == "hello"
+        base, adapted = (
+            caller.ask("generate", {**tokens(16), "model": name}).text for name in (SERVED, ADAPTER)
+        )
+        assert base != adapted
