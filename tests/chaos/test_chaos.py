@@ -67,9 +67,13 @@ def test_it_recovers(report: Report, claim: Trials) -> None:
     "A worker that was killed, stopped or lost its engine leaves no process and no shared memory.",
 )
 def test_nothing_is_left_of_a_worker(report: Report, claim: Trials) -> None:
+    told = []
     for ended in report.ended:
-        claim.trial(not ended.processes_left and not ended.memory_left)
-    claim.detail(", ".join(ended.cause or f"code {ended.code}" for ended in report.ended))
+        left = f"{ended.processes_left} processes and {ended.memory_left} files in memory"
+        nothing = not ended.processes_left and not ended.memory_left
+        claim.trial(nothing)
+        told.append((ended.cause or f"code {ended.code}") + ("" if nothing else f" left {left}"))
+    claim.detail(", ".join(told))
     assert not report.crashed, report.crashed
 
 
