@@ -4,7 +4,8 @@ Its arguments: a folder, its number of slots, and `mended` or `sdk`. It notes in
 folder's `notes` what happens, one line each, and does what files of the folder tell
 it: with `fail-start` it fails to start, with `dead` its engine counts as dead, while
 `unfit` is there it is not fit to serve, while `hold` is there jobs wait and while
-`hold-start` is there the start does. `told` is there once it is told to stop.
+`hold-start` or `hold-end` is there the start or the end does. `told` is there once it
+is told to stop.
 """
 
 import asyncio

@@ -62,6 +62,15 @@ class LoopWorker:
         until(lambda: self.platform.workers["pod-1"].ready, 60, "ready")
         return self
 
+    def holding(self, caller: Caller, count: int) -> list[str]:
+        """Give it jobs when it is ready, and hold them once they have begun; return their ids."""
+        self.ready()
+        self.tell("hold")
+        jobs = [caller.submit({}) for _ in range(count)]
+        for job in jobs:
+            self.noted(f"began {job}")
+        return jobs
+
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
@@ -196,11 +205,7 @@ def test_a_stop_is_heard_after_sigterm_too(
     platform: LocalRunpod, caller: Caller, tmp_path: Path
 ) -> None:
     with LoopWorker(platform, tmp_path) as worker:
-        worker.ready()
-        worker.tell("hold")
-        cancelled, other = caller.submit({}), caller.submit({})
-        for job in (cancelled, other):
-            worker.noted(f"began {job}")
+        cancelled, other = worker.holding(caller, 2)
         polls = platform.faults.add("job-stop")  # which only counts
         worker.terminate()
         until((tmp_path / "told").exists, 30, "told to stop")
@@ -228,10 +233,7 @@ def test_death_of_the_engine_ends_running_jobs_and_takes_no_more(
     platform: LocalRunpod, caller: Caller, tmp_path: Path
 ) -> None:
     with LoopWorker(platform, tmp_path) as worker:
-        worker.ready()
-        worker.tell("hold")
-        job = caller.submit({})
-        worker.noted(f"began {job}")
+        (job,) = worker.holding(caller, 1)
         worker.tell("dead")
         assert caller.outputs(job) == ["first", "dead"]
         assert worker.process.wait(10) == 3
@@ -241,11 +243,7 @@ def test_death_of_the_engine_ends_running_jobs_and_takes_no_more(
 
 def test_a_stop_ends_one_job_only(platform: LocalRunpod, caller: Caller, tmp_path: Path) -> None:
     with LoopWorker(platform, tmp_path) as worker:
-        worker.ready()
-        worker.tell("hold")
-        first, second = caller.submit({}), caller.submit({})
-        for job in (first, second):
-            worker.noted(f"began {job}")
+        first, second = worker.holding(caller, 2)
         until(
             lambda: all(platform.jobs[job].chunks_received for job in (first, second)),
             10,

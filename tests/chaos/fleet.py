@@ -69,8 +69,7 @@ class Ended:
     jobs_left: int
     """Jobs that the platform still took for its own, and that it did not answer by its log.
 
-    The SDK does not post an end again whose post was reset: that the platform has not heard of it
-    is not the worker's fault.
+    An end that it posted and that the platform has forgotten is not the worker's fault.
     """
 
 
